@@ -1,0 +1,215 @@
+"""What the curvature needs from one forward pass: every expert's inputs, and the graph at its outputs.
+
+transformers dispatches the forward of every fused experts module through a registry. One function registered
+there computes what the stock implementations compute, sorted by expert, and keeps per MoE layer
+
+    a   [S, f]  input of the second linear layer, one row per routed (token, expert) slot
+    z   [S, d]  its output before the routing weight, still in the autograd graph
+
+so that ``d f_c / d z`` is all that has to be differentiated: the Jacobian with respect to an expert's weight is
+``J_{n,c} = sum_{t in n} g_{t,c} a_t^T`` and no weight gradient is ever built (every parameter is frozen meanwhile).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+IMPLEMENTATION = "bmoe_capture"
+
+
+@dataclass
+class Slots:
+    """One MoE layer's routed slots in one forward pass, real tokens only, sorted by expert.
+
+    ``a [S, f]``, ``expert [S]`` in ``0..E-1`` (non-decreasing), ``item [S]`` in ``0..B-1``, ``counts [E]`` slots per
+    expert. ``rows [S]`` picks these slots out of ``z [S_all, d]``, which also holds the padding's.
+    """
+
+    name: str
+    a: Tensor
+    expert: Tensor
+    item: Tensor
+    counts: Tensor
+    rows: Tensor
+    z: Tensor
+
+
+@dataclass
+class Tape:
+    """Collects one :class:`Slots` per captured layer, in the order of the forward pass."""
+
+    real: Tensor  # [B, T] bool: True on real tokens, False on padding
+    names: dict[nn.Module, str] = field(default_factory=dict)
+    slots: list[Slots] = field(default_factory=list)
+
+    def record(self, module: nn.Module, a: Tensor, z: Tensor, expert: Tensor, token: Tensor) -> None:
+        name = self.names[module]
+        if any(s.name == name for s in self.slots):
+            raise RuntimeError(f"layer {name!r} ran its experts twice in one forward pass; it cannot be captured")
+        if (batch_tokens := self.real.numel()) <= int(token.max()):
+            raise RuntimeError(f"layer {name!r} saw more tokens than the batch's {batch_tokens}; it cannot be captured")
+        rows = self.real.to(token.device).flatten()[token].nonzero().squeeze(1)
+        expert = expert[rows]
+        counts = torch.bincount(expert, minlength=module.num_experts)
+        item = token[rows] // self.real.shape[1]
+        self.slots.append(Slots(name, a.detach()[rows], expert, item, counts, rows, z))
+
+    def gradients(self, outputs: Tensor, cotangent: Tensor, *, keep_graph: bool) -> list[Tensor]:
+        """``g = d <cotangent, outputs> / d z`` for every captured layer, each ``[S, d]``, rows as in its ``Slots``."""
+        grads = torch.autograd.grad(outputs, [s.z for s in self.slots], cotangent, retain_graph=keep_graph,
+                                    materialize_grads=True)
+        return [g[s.rows] for g, s in zip(grads, self.slots, strict=True)]
+
+
+# The tape in use, if any. A module-level name because transformers hands the registered function nothing but the
+# experts module and its inputs; `recording` alone sets it, and always resets it.
+_tape: Tape | None = None
+
+
+def _grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """``x [S, m]`` sorted by expert times ``weight [E, m, k]``: row s meets the weight of its expert. ``[S, k]``."""
+    if x.dtype in (torch.float32, torch.bfloat16) and _grouped_mm_serves(x, weight):
+        return nn.functional.grouped_mm(x, weight, offs=counts.cumsum(0, dtype=torch.int32))
+    parts = [rows @ w for rows, w in zip(x.split(counts.tolist()), weight, strict=True) if len(rows)]
+    return torch.cat(parts)
+
+
+def _grouped_mm_serves(x: Tensor, weight: Tensor) -> bool:
+    """The kernel wants rows of a multiple of 16 bytes, and on CUDA an Ampere card or newer."""
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    return all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+
+
+def _capturing_experts(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The experts' forward of transformers (any layout its registry serves), recording ``a`` and ``z`` on the tape."""
+    k = top_k_index.shape[-1]
+    expert, order = top_k_index.reshape(-1).sort(stable=True)
+    token = order // k
+    counts = torch.bincount(expert, minlength=module.num_experts)
+    if counts.numel() > module.num_experts:
+        raise RuntimeError("expert-parallel models are not supported: load the model with device_map instead")
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        weight = getattr(module, name)
+        y = _grouped_linear(x.to(weight.dtype), weight if module.is_transposed else weight.mT, counts)
+        return y + getattr(module, f"{name}_bias")[expert] if module.has_bias else y
+
+    x = hidden_states[token]
+    if module.has_gate:
+        a = module._apply_gate(linear(x, "gate_up_proj"))
+    else:
+        a = module.act_fn(linear(x, "up_proj"))
+    z = linear(a, "down_proj")
+    if _tape is not None and module in _tape.names:
+        if not z.requires_grad:  # nothing below this layer is in the graph: it starts here
+            z.requires_grad_()
+        _tape.record(module, a, z, expert, token)
+    y = module.post_expert_norm(z) if getattr(module, "has_post_expert_norm", False) else z
+    y = y * top_k_weights.reshape(-1)[order, None]
+    y = torch.empty_like(y).index_copy(0, order, y)  # back to token order: a sum over k then needs no atomics
+    return y.view(-1, k, y.shape[-1]).sum(1).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _capturing_experts)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def expert_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> experts module of every MoE layer whose experts transformers keeps fused, in the model's order.
+
+    Raises ``ValueError`` where there is none.
+    """
+    found = {
+        name: module
+        for name, module in unwrap(model).named_modules()
+        if hasattr(module, "is_transposed") and getattr(module, "down_proj", None) is not None
+    }
+    if not found:
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} has no fused mixture-of-experts layer; "
+            "the posterior sits on the experts' down projection, so it needs a MoE model"
+        )
+    return found
+
+
+def select_layers(available: Sequence[str], layers: str | Sequence[int | str] | None) -> list[str]:
+    """The chosen MoE layers' names, in the model's order: ``None`` or ``"all"``, indices (negative count from the
+    end of the MoE layers) or names. ``ValueError`` on anything unknown, twice or nothing at all."""
+    if layers is None or layers == "all":
+        return list(available)
+    if isinstance(layers, str):
+        layers = [layers]
+    chosen = set()
+    for layer in layers:
+        if isinstance(layer, int) and -len(available) <= layer < len(available):
+            name = available[layer]
+        elif layer in available:
+            name = layer
+        else:
+            raise ValueError(f"no MoE layer {layer!r}; give 'all', indices below {len(available)}, or names of "
+                             f"{', '.join(available)}")
+        if name in chosen:
+            raise ValueError(f"MoE layer {name!r} is named twice")
+        chosen.add(name)
+    if not chosen:
+        raise ValueError("no MoE layer chosen")
+    return [name for name in available if name in chosen]
+
+
+def down_weight(module: nn.Module) -> Tensor:
+    """The experts' second linear weight as ``[E, d, f]``, whatever the architecture's layout (a view)."""
+    return module.down_proj.mT if module.is_transposed else module.down_proj
+
+
+@contextmanager
+def capturing(model: nn.Module) -> Iterator[None]:
+    """Puts the model in the state in which ``recording`` works, and puts everything back on leaving, whatever happens:
+    the experts' implementation, every parameter's ``requires_grad`` and every module's train/eval flag."""
+    inner = unwrap(model)
+    implementation = inner.get_experts_implementation()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    training = [m for m in model.modules() if m.training]
+    try:
+        inner.set_experts_implementation(IMPLEMENTATION)
+        for p in trainable:
+            p.requires_grad_(False)
+        model.eval()
+        with torch.enable_grad():
+            yield
+    finally:
+        inner.set_experts_implementation(implementation)
+        for p in trainable:
+            p.requires_grad_(True)
+        for m in training:
+            m.training = True
+
+
+@contextmanager
+def recording(model: nn.Module, names: Sequence[str], attention_mask: Tensor) -> Iterator[Tape]:
+    """Records the next forward pass of the named layers. Only inside :func:`capturing`.
+
+    ``attention_mask [B, T]``: nonzero on real tokens; slots of padding are dropped.
+    """
+    global _tape
+    layers = expert_layers(model)
+    tape = Tape(attention_mask.bool(), {layers[name]: name for name in names})
+    _tape = tape
+    try:
+        yield tape
+    finally:
+        _tape = None
+    if missing := set(names) - {s.name for s in tape.slots}:
+        raise RuntimeError(f"layers {sorted(missing)} did not run their experts in this forward pass")

@@ -1,0 +1,176 @@
+"""Loading MoE language models, building the embedded ones, and reading out the options' logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GraniteMoeConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    set_seed,
+)
+
+from .capture import expert_layers, unwrap
+
+PAD, END, UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device_map: str | dict | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A transformers MoE causal LM and its tokenizer (padding on the left), from a local folder or a hub id.
+
+    The model is in eval mode. ``ValueError`` if it has no mixture-of-experts layer, ``OSError`` (transformers' own,
+    saying what is missing) if it cannot be found.
+    """
+    where = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left", **where)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, device_map=device_map, **where)
+    expert_layers(model)
+    return model.eval(), tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") -> PreTrainedTokenizerFast:
+    """A tokenizer trained on ``texts``, as a normal pretrained one (padding on the left). Deterministic.
+
+    ``bpe``: byte-level, for any text. ``word``: a token for every word of ``texts`` with the space before it (the most
+    frequent ``vocab_size``), for the embedded world's closed vocabulary, where it keeps the softmax small.
+    """
+    special = {"special_tokens": [PAD, END, UNKNOWN][: 3 if kind == "word" else 2], "show_progress": False}
+    if kind == "word":
+        tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]|\s"), behavior="isolated")
+        tokenizer.decoder = decoders.Fuse()
+        trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, **special)
+    elif kind == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+                                      **special)
+    else:
+        raise ValueError(f"tokenizer kind {kind!r} is not 'bpe' or 'word'")
+    tokenizer.train_from_iterator(texts, trainer)
+    unknown = {"unk_token": UNKNOWN} if kind == "word" else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, padding_side="left", **unknown)
+
+
+def tiny_config(
+    architecture: str,
+    vocab_size: int,
+    *,
+    width: int = 64,
+    layers: int = 3,
+    experts: int = 8,
+    top_k: int = 2,
+    expert_width: int = 64,
+    heads: int = 4,
+) -> PreTrainedConfig:
+    """Config of an embedded model: ``qwen2_moe`` (with a shared expert), ``granitemoe`` or ``olmoe``."""
+    common = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "num_experts_per_tok": top_k,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "router_aux_loss_coef": 0.01,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    match architecture:
+        case "qwen2_moe":
+            return Qwen2MoeConfig(**common, num_experts=experts, moe_intermediate_size=expert_width,
+                                  shared_expert_intermediate_size=expert_width, norm_topk_prob=True)
+        case "granitemoe":
+            return GraniteMoeConfig(**common, num_local_experts=experts, intermediate_size=expert_width)
+        case "olmoe":
+            return OlmoeConfig(**common, num_experts=experts, intermediate_size=expert_width, norm_topk_prob=True)
+    raise ValueError(f"architecture {architecture!r} is not one of 'qwen2_moe', 'granitemoe', 'olmoe'")
+
+
+def build_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """A randomly initialised float32 causal LM of ``config``; the seed fixes every weight."""
+    set_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def to_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The batch on the device of the model's first parameter (where a sharded model takes its input)."""
+    device = next(model.parameters()).device
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+@contextmanager
+def _reading_out(head: nn.Linear, option_ids: Tensor) -> Iterator[None]:
+    """While active, ``head`` gives the last position's logits of ``option_ids [B, C]`` alone, as ``[B, 1, C]``.
+
+    So the model's own forward still does whatever it does to its logits (scaling, soft-capping), but on C numbers
+    per item and not on the vocabulary.
+    """
+
+    def forward(hidden: Tensor) -> Tensor:
+        last = hidden[:, -1]  # [B, d]; the batch is padded on the left
+        rows = head.weight[option_ids]  # [B, C, d]
+        logits = torch.einsum("bcd,bd->bc", rows, last)
+        return (logits if head.bias is None else logits + head.bias[option_ids])[:, None]
+
+    head.forward = forward  # an instance attribute in front of the class's method
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def option_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The class logits ``f [B, C]``: the LM logits of each item's option tokens at the last position.
+
+    ``batch``: ``input_ids [B, T]``, ``attention_mask [B, T]`` (left-padded), ``option_ids [B, C]`` (-1: no such option,
+    whose logit is -inf). In the graph if gradients are on. Letters are the case where every item has the same ids.
+    ``ValueError`` on a right-padded batch or an item without options.
+    """
+    batch = to_device(batch, model)
+    mask, option_ids = batch["attention_mask"], batch["option_ids"]
+    if not mask[:, -1].all():
+        raise ValueError("the batch must be padded on the left: the last position is the one that answers")
+    missing = option_ids < 0
+    if missing.all(1).any():
+        raise ValueError("an item has no option at all")
+    inputs = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": mask,
+        # Counted from the first real token, so that padding moves nothing even where positions are absolute.
+        "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0),
+        "use_cache": False,
+    }
+    head = unwrap(model).get_output_embeddings()
+    ids = option_ids.clamp(min=0)
+    plain = type(head) is nn.Linear and "forward" not in vars(head)
+    if plain:
+        with _reading_out(head, ids.to(head.weight.device)):
+            logits = model(**inputs).logits[:, -1]
+    else:  # a head that something else has wrapped (LoRA on it, offloading): all of the last position's logits
+        logits = model(**inputs, logits_to_keep=1).logits[:, -1].gather(1, ids)
+    return logits.masked_fill(missing.to(logits.device), -torch.inf)

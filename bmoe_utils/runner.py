@@ -1,0 +1,309 @@
+"""Runs the chapters headless: `python -m bmoe_utils reproduce --profile cpu`.
+
+Each notebook is executed by papermill with its `parameters` cell overridden; executed copies and HTML go to
+data/runs/<run>/, figures to figures/ for the committed run (profile cpu, embedded world, nothing overridden) and to
+data/runs/<run>/figures for every other.
+"""
+from __future__ import annotations
+
+import json, os, re, sys, threading, time, uuid
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bmoe_utils.artefacts import PACKAGE, atomic_write, fingerprint, peak_memory_mb, project_root
+
+PARAMETERS = ("profile", "task", "model", "overrides")         # what every notebook's `parameters` cell declares
+HEARTBEAT_S = 30
+
+
+class UsageError(Exception):
+    """A request that names something unknown; the command line exits with 2."""
+
+
+def profiles() -> dict[str, dict]:
+    """Profile name -> settings, as the study defines them."""
+    from bmoe_utils.study import PROFILES
+    return PROFILES
+
+
+# ---------------------------------------------------------------------------------------------- chapters
+@dataclass(frozen=True)
+class Chapter:
+    """A notebook `NN_name.ipynb`; its first cell is `# title` followed by the claim it tests."""
+    path: Path
+    title: str
+    claim: str
+
+    @property
+    def number(self) -> str:
+        return self.path.name[:2]
+
+
+def chapters(folder: Path | None = None) -> list[Chapter]:
+    """The numbered notebooks, in reading order."""
+    found = []
+    for path in sorted((folder or project_root() / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        try:
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            text = "".join(cells[0]["source"]).strip()
+        except (ValueError, KeyError, IndexError, TypeError):
+            text = ""                                 # unreadable: still listed, and running it will say what is wrong
+        heading, _, rest = text.partition("\n")
+        paragraph = " ".join(rest.strip().split("\n\n")[0].split())
+        found.append(Chapter(path, heading.lstrip("# ").strip() or path.stem, paragraph.replace("**", "")))
+    return found
+
+
+def select(all_chapters: list[Chapter], only: list[str] | None) -> list[Chapter]:
+    """The chapters named by number (4, 04) or by file name, in reading order."""
+    if not all_chapters:
+        raise UsageError(f"no notebooks NN_*.ipynb in {project_root() / 'notebooks'}")
+    if not only:
+        return all_chapters
+    chosen = set()
+    for name in only:
+        stem = name.removesuffix(".ipynb").rpartition("/")[2]
+        match = [c for c in all_chapters if stem == c.path.stem or (stem.isdigit() and int(stem) == int(c.number))]
+        if not match:
+            raise UsageError(f"unknown chapter {name!r}; there are: {', '.join(c.path.stem for c in all_chapters)}")
+        chosen.update(match)
+    return [c for c in all_chapters if c in chosen]
+
+
+# ---------------------------------------------------------------------------------------------- what to run
+def settings_of(profile: str) -> dict:
+    """The settings of a profile, or a UsageError that lists the profiles."""
+    known = profiles()
+    if profile not in known:
+        raise UsageError(f"unknown profile {profile!r}; there are: {', '.join(known)}")
+    return known[profile]
+
+
+def overrides_of(profile: str, pairs: list[str], seeds: list[int] | None = None) -> dict:
+    """`key=value` pairs as a dict; values are JSON where they parse, else strings; unknown keys are an error."""
+    settings, overrides = settings_of(profile), {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise UsageError(f"-p {pair!r}: write key=value")
+        try:
+            overrides[key] = json.loads(text)
+        except ValueError:
+            overrides[key] = text
+    if seeds is not None:
+        overrides["seeds"] = seeds
+    for key, value in overrides.items():
+        if key not in settings:
+            raise UsageError(f"unknown parameter {key!r}; profile {profile} has: {', '.join(sorted(settings))}")
+        default = settings[key]
+        if isinstance(value, str) and isinstance(default, (bool, int, float, list, dict)):
+            raise UsageError(f"parameter {key}={value!r}: profile {profile} has {json.dumps(default)} there, so give a value of that kind")
+    return overrides
+
+
+def _place(value: str | None, what: str) -> str | None:
+    """A path made absolute, since notebooks run in their own folder; a plain name as it is."""
+    if value is None or value == "world" or not (path := Path(value).expanduser()).exists():
+        if value and (value.startswith((".", "/", "~", os.sep)) or re.search(r"\.(jsonl|json|parquet|csv)$", value)):
+            raise UsageError(f"--{what} {value}: no such file or folder")
+        return value
+    return str(path.resolve())
+
+
+def _slug(value: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(value).stem if Path(value).is_file() else Path(value).name).strip("_.") or "run"
+
+
+@dataclass
+class Plan:
+    """One run: what is injected and where its results go."""
+    profile: str
+    task: str
+    model: str | None
+    overrides: dict
+    folder: Path
+    figures: Path
+
+    @classmethod
+    def make(cls, profile: str, task: str | None = None, model: str | None = None, overrides: dict | None = None, out: str | Path | None = None) -> Plan:
+        task, model, overrides = _place(task, "task") or "world", _place(model, "model"), overrides or {}
+        parts = [profile] + [_slug(task)] * (task != "world") + ([_slug(model)] if model else [])
+        name = "-".join(parts + (["set" + fingerprint(overrides)[:6]] if overrides else []))
+        folder = Path(out).expanduser().resolve() if out else project_root() / "data" / "runs" / name
+        committed = name == "cpu" and not out
+        return cls(profile, task, model, overrides, folder, project_root() / "figures" if committed else folder / "figures")
+
+    def parameters(self) -> dict:
+        return {name: getattr(self, name) for name in PARAMETERS}
+
+
+# ---------------------------------------------------------------------------------------------- running
+@contextmanager
+def _environment(**values):
+    """Set environment variables (the kernels inherit them), and put back what was there."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update({name: value for name, value in values.items() if value is not None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+
+
+class _Progress:
+    """Where a running notebook is: papermill reports cells here, and the kernel's stdout is written here."""
+
+    def __init__(self, label: str, every: float):
+        self.label, self.every, self.cell, self.cells, self.line = label, every, 0, 0, ""
+        self.start, self._end = time.monotonic(), threading.Event()
+
+    def write(self, text: str):
+        lines = [part.strip() for part in re.split(r"[\r\n]", text) if part.strip()]
+        self.line = lines[-1][:100] if lines else self.line
+
+    def flush(self):
+        pass
+
+    def __enter__(self):
+        threading.Thread(target=self._beat, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._end.set()
+
+    def _beat(self):
+        while not self._end.wait(self.every):
+            say(f"  {self.label} .. {time.monotonic() - self.start:.0f} s, cell {self.cell} of {self.cells}" + (f": {self.line}" if self.line else ""))
+
+
+def say(text: str):
+    print(text, flush=True)
+
+
+def _execute(chapter: Chapter, executed: Path, parameters: dict, progress: _Progress, bar: bool):
+    """papermill, which tells `progress` the cell it is in; the kernel's own messages go to a log beside the executed copy."""
+    import papermill
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import Engine, papermill_engines
+
+    class Told(Engine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, **_):
+            ours = [cell for cell in nb_man.nb.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+            progress.cells, started = len(ours), nb_man.cell_start
+
+            def cell_start(cell, *args, **options):
+                progress.cell += any(cell is own for own in ours)
+                started(cell, *args, **options)
+            nb_man.cell_start = cell_start
+            client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, timeout=None, stdout_file=progress, stderr_file=progress)
+            with executed.with_suffix(".log").open("w") as stream:
+                client.execute(stderr=stream)
+
+    papermill_engines.register("bmoe", Told)
+    papermill.execute_notebook(chapter.path, executed, parameters=parameters, engine_name="bmoe", kernel_name="python3",
+                               cwd=chapter.path.parent, progress_bar=bar)
+
+
+def _check_parameters(chapter: Chapter):
+    """papermill only warns of an unknown parameter, and then the chapter would quietly run with its own values."""
+    import papermill
+    missing = set(PARAMETERS) - set(papermill.inspect_notebook(str(chapter.path)))
+    if missing:
+        raise ValueError(f"its parameters cell does not declare {', '.join(sorted(missing))}")
+
+
+def _explain(chapter: Chapter, executed: Path, error: Exception) -> str:
+    """Notebook, cell, the cell's first lines, error."""
+    from papermill.exceptions import PapermillExecutionError
+    lines = [f"FAILED {chapter.path.name}"]
+    if isinstance(error, PapermillExecutionError):
+        cells = json.loads(chapter.path.read_text(encoding="utf-8"))["cells"]      # counted as in the notebook: nothing injected
+        number = next((i for i, cell in enumerate(cells, 1) if "".join(cell["source"]) == error.source), error.cell_index)
+        source = error.source.strip().splitlines()
+        lines[0] += f", cell {number} (In [{error.exec_count}] of the executed copy):"
+        lines += [f"    | {line}" for line in source[:6]] + ["    | ..."] * (len(source) > 6)
+        lines += [f"    {error.ename}: {error.evalue}"]
+        executed.with_suffix(".log").unlink(missing_ok=True)                       # the copy holds the whole traceback
+    else:
+        lines += [f"    {type(error).__name__}: {error}"]
+    kept = {"executed copy": executed, "kernel's log": executed.with_suffix(".log")}
+    lines += [f"    {what}: {short(path)}" for what, path in kept.items() if path.exists() and path.stat().st_size]
+    return "\n".join(lines)
+
+
+def short(path: Path) -> str:
+    """`path` from the working directory where it lies below it."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def to_html(executed: Path) -> Path:
+    """The executed notebook as a page beside it, code included."""
+    from nbconvert import HTMLExporter
+    body, _ = HTMLExporter().from_filename(str(executed))
+    return atomic_write(executed.with_suffix(".html"), body)
+
+
+def run(plan: Plan, chosen: list[Chapter], *, fresh: bool = False, html: bool = True, keep_going: bool = False) -> int:
+    """Execute the chapters in order and sum up; 0 when all passed, 1 when one failed, 130 when interrupted."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    plan.figures.mkdir(parents=True, exist_ok=True)
+    path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = dict(
+        BMOE_ROOT=str(project_root()), BMOE_FIGURES=str(plan.figures), PYTHONPATH=path,    # kernels find this package, installed or not
+        BMOE_FRESH=f"{int(time.time())}-{uuid.uuid4().hex[:6]}" if fresh else None,
+        JUPYTER_PREFER_ENV_PATH="1",                  # `python3` is this environment's kernel, not one in the home folder
+        PYDEVD_DISABLE_FILE_VALIDATION="1", TOKENIZERS_PARALLELISM=os.environ.get("TOKENIZERS_PARALLELISM", "false"))
+    bar, rows, status, begin = sys.stderr.isatty(), [], 0, time.monotonic()
+    say(f"profile {plan.profile}, task {plan.task}, model {plan.model or 'of the profile'}" + (f", {plan.overrides}" if plan.overrides else ""))
+    with _environment(**environment):
+        for position, chapter in enumerate(chosen, 1):
+            label = f"[{position}/{len(chosen)}] {chapter.path.stem}"
+            executed = plan.folder / chapter.path.name
+            for suffix in (".ipynb", ".html", ".log"):                     # or an earlier run's copy would pass for this one's
+                executed.with_suffix(suffix).unlink(missing_ok=True)
+            say(f"{label}: {chapter.title}")
+            start, wall, outcome = time.monotonic(), time.time(), "ok"
+            try:
+                _check_parameters(chapter)
+                with _Progress(label, 1e9 if bar else HEARTBEAT_S) as progress:
+                    _execute(chapter, executed, plan.parameters(), progress, bar)
+            except KeyboardInterrupt:
+                outcome, status = "interrupted", 130
+            except Exception as error:                # whatever it is, it belongs to this chapter and is reported as such
+                outcome, status = "FAILED", 1
+                say(_explain(chapter, executed, error))
+            log = executed.with_suffix(".log")
+            if log.exists() and (outcome != "FAILED" or not log.stat().st_size):
+                log.unlink()                          # worth keeping only where it may explain a failure
+            if html and executed.exists() and status != 130:
+                try:
+                    to_html(executed)
+                except Exception as error:            # a page less is no reason to lose the run
+                    say(f"{label}: no HTML, {type(error).__name__}: {error}")
+            seconds = time.monotonic() - start
+            drawn = [p.name for p in sorted(plan.figures.glob("*.png")) if p.stat().st_mtime >= wall - 1]
+            say(f"{label}: {outcome}, {seconds:.1f} s" + (f", figures: {', '.join(drawn)}" if drawn else ""))
+            rows.append({"chapter": chapter.path.stem, "seconds": round(seconds, 1), "status": outcome})
+            if status == 130 or (status and not keep_going):
+                break
+    rows += [{"chapter": c.path.stem, "seconds": None, "status": "not run"} for c in chosen[len(rows):]]
+    summary = {"profile": plan.profile, "task": plan.task, "model": plan.model, "overrides": plan.overrides, "chapters": rows,
+               "seconds": round(time.monotonic() - begin, 1), "peak_memory_mb": peak_memory_mb(children=True)}
+    atomic_write(plan.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    _report(plan, summary, html)
+    if status == 130:
+        say("Interrupted. Finished artefacts are kept: the same command resumes" + (" (without --fresh, which would start over)." if fresh else "."))
+    return status
+
+
+def _report(plan: Plan, summary: dict, html: bool):
+    width = max(len(row["chapter"]) for row in summary["chapters"])
+    say("")
+    for row in summary["chapters"]:
+        say(f"  {row['chapter']:{width}}  {'' if row['seconds'] is None else row['seconds']:>8}  {row['status']}")
+    memory = summary["peak_memory_mb"]
+    say(f"  {'total':{width}}  {summary['seconds']:>8}  seconds" + (f"; peak memory of a chapter {memory / 1024:.2f} GiB" if memory else ""))
+    say(f"figures and their numbers: {short(plan.figures)}/")
+    say(f"executed notebooks{' and HTML' if html else ''}: {short(plan.folder)}/")

@@ -1,0 +1,105 @@
+"""Training: the embedded base model on text, and MAP fine-tuning on a task's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup, set_seed
+
+from .models import option_logits, to_device
+from .progress import track
+from .tasks import length_batches
+
+
+def _optimizer(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, steps: int):
+    """AdamW with a cosine schedule after 5% warm-up; vectors (norms, biases) are not decayed."""
+    parameters = [p for p in parameters if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, round(0.05 * steps), steps)
+
+
+def pretrain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lines: Sequence[str],
+    *,
+    steps: int,
+    batch_size: int = 64,
+    lr: float = 3e-3,
+    weight_decay: float = 0.1,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[float]:
+    """Trains on ``lines`` with the language-model loss of every token and the router's balancing loss (the config's
+    ``router_aux_loss_coef``). In place; returns the loss of every step (nats per token, balancing included)."""
+    set_seed(seed)
+    end = tokenizer.eos_token_id
+    encoded = [ids + [end] for ids in tokenizer(list(lines), add_special_tokens=False)["input_ids"]]
+    optimizer, schedule = _optimizer(model.parameters(), lr, weight_decay, steps)
+    losses = []
+    model.train()
+    batches = islice(length_batches([len(x) for x in encoded], batch_size, seed), steps)
+    for indices in track(batches, "pretraining", progress, total=steps):
+        rows = [torch.tensor(encoded[i]) for i in indices]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+        batch = to_device({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}, model)
+        loss = model(**batch, use_cache=False, output_router_logits=True).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def add_lora(model: PreTrainedModel, *, rank: int = 8, alpha: int = 16, dropout: float = 0.0, seed: int = 0) -> nn.Module:
+    """LoRA on the attention's q, k and v projections through peft; everything else frozen."""
+    set_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM",
+                        target_modules=["q_proj", "k_proj", "v_proj"])
+    return get_peft_model(model, config)
+
+
+def answer_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean ``-log softmax(f)_y`` over the item's options: the likelihood of which the Laplace posterior is the curvature."""
+    return nn.functional.cross_entropy(logits, labels.to(logits.device))
+
+
+def fine_tune(
+    model: nn.Module,
+    loader: Iterable[Mapping[str, Tensor]],
+    *,
+    epochs: int,
+    lr: float,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    after_epoch: Callable[[int], None] | None = None,
+    progress: bool = True,
+) -> None:
+    """MAP fine-tuning on the answers (:func:`answer_nll`) of every parameter that requires a gradient. In place.
+
+    ``loader`` must be re-iterable (it is gone through once an epoch). ``after_epoch(number)`` sees the model in eval mode.
+    """
+    set_seed(seed)
+    optimizer, schedule = _optimizer(model.parameters(), lr, weight_decay, epochs * len(loader))
+    for epoch in track(range(1, epochs + 1), "fine-tuning (epochs)", progress):
+        model.train()
+        for batch in loader:
+            loss = answer_nll(option_logits(model, batch), batch["labels"])
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        model.eval()
+        if after_epoch is not None:
+            after_epoch(epoch)

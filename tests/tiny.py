@@ -1,0 +1,82 @@
+"""Tiny random models and batches for the exactness tests, in float64."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+VOCAB = 50
+COMMON = dict(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+              num_experts_per_tok=2, max_position_embeddings=64, tie_word_embeddings=False, pad_token_id=0,
+              eos_token_id=1, bos_token_id=None)
+ARCHITECTURES = {
+    "qwen2_moe": dict(num_experts=4, moe_intermediate_size=6, shared_expert_intermediate_size=12),
+    "granitemoe": dict(num_local_experts=4, intermediate_size=6),
+    "olmoe": dict(num_experts=4, intermediate_size=6),
+    "mixtral": dict(num_local_experts=4, intermediate_size=6),
+    # transposed weights, biases, interleaved gate
+    "gpt_oss": dict(num_local_experts=4, intermediate_size=6, head_dim=8, layer_types=["full_attention"] * 2),
+}
+
+
+def tiny_model(architecture="qwen2_moe", seed=0, dtype=torch.float64, scale=0.5, **overrides):
+    """By default with weights large enough that every nonlinearity bends and every expert gets tokens."""
+    config = AutoConfig.for_model(architecture, **{**COMMON, **ARCHITECTURES[architecture], **overrides})
+    # sdpa: eager attention takes its softmax in float32, where a float64 mask of padding overflows to nan
+    config._attn_implementation = "eager" if architecture == "gpt_oss" else "sdpa"
+    set_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" not in name:
+                p.normal_(0, scale)
+    model.set_experts_implementation("eager")  # the other stock implementations take no float64
+    return model
+
+
+def tiny_batch(items=5, length=7, options=4, seed=0, ragged=True):
+    """Left-padded items of different lengths, the second with one option less."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, length + 1, (items,), generator=g) if ragged else torch.full((items,), length)
+    lengths[0] = length
+    mask = (torch.arange(length) >= length - lengths[:, None]).long()
+    ids = torch.randint(2, VOCAB, (items, length), generator=g) * mask
+    option_ids = torch.stack([torch.randperm(VOCAB - 2, generator=g)[:options] + 2 for _ in range(items)])
+    labels = torch.randint(0, options - 1, (items,), generator=g)
+    if ragged and items > 1 and options > 2:
+        option_ids[1, -1] = -1
+    return {"input_ids": ids, "attention_mask": mask, "option_ids": option_ids, "labels": labels}
+
+
+def single_items(batch):
+    """The same items one by one, without their padding."""
+    for i, mask in enumerate(batch["attention_mask"].bool()):
+        one = {k: v[i : i + 1] for k, v in batch.items()}
+        yield one | {k: one[k][:, mask] for k in ("input_ids", "attention_mask")}
+
+
+def autograd_jacobians(model, batch):
+    """The reference: ``J [B, C, L, E, P]`` of every expert's down projection by plain autograd through the stock
+    forward, one item (without padding) and one class at a time. Also the logits ``[B, C]``."""
+    from bmoe_utils.capture import expert_layers
+    from bmoe_utils.models import option_logits
+
+    modules = list(expert_layers(model).values())
+    weights = [m.down_proj for m in modules]
+    rows, logits = [], []
+    for item in single_items(batch):
+        f = option_logits(model, item)[0]
+        logits.append(f.detach())
+        for c, value in enumerate(f):
+            if item["option_ids"][0, c] < 0:
+                rows.append(torch.stack([torch.zeros_like(w).flatten(1) for w in weights]))
+                continue
+            grads = torch.autograd.grad(value, weights, retain_graph=True)
+            rows.append(torch.stack([(g.mT if m.is_transposed else g).flatten(1) for m, g in zip(modules, grads)]))
+    logits = torch.stack(logits)
+    return torch.stack(rows).view(*logits.shape, *rows[0].shape), logits
+
+
+def dense_ggn(J, logits):
+    """``H [L, E, P, P] = sum_n J_n^T (diag p - p p^T) J_n``."""
+    p = logits.softmax(-1)
+    Lambda = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    return torch.einsum("ncleP,ncd,ndleQ->lePQ", J, Lambda, J)
