@@ -28,7 +28,8 @@ class Slots:
     """One MoE layer's routed slots in one forward pass, real tokens only, sorted by expert.
 
     ``a [S, f]``, ``expert [S]`` in ``0..E-1`` (non-decreasing), ``item [S]`` in ``0..B-1``, ``counts [E]`` slots per
-    expert. ``rows [S]`` picks these slots out of ``z [S_all, d]``, which also holds the padding's.
+    expert, ``last [S]`` bool: slots at the answer's position. ``rows [S]`` picks these slots out of ``z [S_all, d]``,
+    which also holds the padding's.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Slots:
     expert: Tensor
     item: Tensor
     counts: Tensor
+    last: Tensor
     rows: Tensor
     z: Tensor
 
@@ -55,10 +57,11 @@ class Tape:
         if (batch_tokens := self.real.numel()) <= int(token.max()):
             raise RuntimeError(f"layer {name!r} saw more tokens than the batch's {batch_tokens}; it cannot be captured")
         rows = self.real.to(token.device).flatten()[token].nonzero().squeeze(1)
+        T = self.real.shape[1]
         expert = expert[rows]
         counts = torch.bincount(expert, minlength=module.num_experts)
-        item = token[rows] // self.real.shape[1]
-        self.slots.append(Slots(name, a.detach()[rows], expert, item, counts, rows, z))
+        item, position = token[rows] // T, token[rows] % T
+        self.slots.append(Slots(name, a.detach()[rows], expert, item, counts, position == T - 1, rows, z))
 
     def gradients(self, outputs: Tensor, cotangent: Tensor, *, keep_graph: bool) -> list[Tensor]:
         """``g = d <cotangent, outputs> / d z`` for every captured layer, each ``[S, d]``, rows as in its ``Slots``."""

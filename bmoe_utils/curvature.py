@@ -79,8 +79,13 @@ def item_jacobians(a: Tensor, g: Tensor, item: Tensor, counts: Tensor) -> Iterat
     """``J_{n,k} = sum_{t in n} g_{t,k} a_t^T`` for every expert and every item that reached it, exact.
 
     Yields ``(expert, items [n], J [n, K, d, f])`` in chunks of items that bound the memory; an (expert, item) pair
-    comes exactly once.
+    comes at most once, and where it does not, ``J = 0``.
     """
+    # Slots without a gradient add nothing: in the last layer that is every token but the one that answers.
+    live = (g != 0).any(2).any(0)
+    if not live.all():
+        expert = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        a, g, item, counts = a[live], g[:, live], item[live], torch.bincount(expert[live], minlength=len(counts))
     K, _, d = g.shape
     f = a.shape[1]
     at_once = max(1, CHUNK_ELEMENTS // (K * d * f))

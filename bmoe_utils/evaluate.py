@@ -13,6 +13,7 @@ from safetensors.numpy import save as to_bytes
 
 from . import metrics, models
 from .artefacts import atomic_write
+from .capture import capturing, expert_layers, recording
 from .progress import track
 
 # summary key -> (column, arrow towards better); the one order of columns in every table
@@ -185,6 +186,26 @@ def _part(batch, probs, signals, logits):
     if (labels < -1).any() or (labels >= missing.shape[1]).any() or missing[known, labels[known]].any():
         raise ValueError(f"a label points at a missing option: labels {labels.tolist()}")
     return Predictions(probs, labels, default_signals(probs) | dict(signals), logits, batch.get("p_star"))
+
+def routed_tokens(model: torch.nn.Module, loader: Iterable[Mapping]) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many real tokens of ``loader`` each expert got, ``[L, E]`` int64: all of them, and those at the answer's position.
+
+    Layers with fewer experts than the widest are filled with zeros.
+    """
+    names = list(expert_layers(model))
+    totals = None
+    with capturing(model):
+        for batch in loader:
+            batch = models.to_device(batch, model)
+            with recording(model, names, batch["attention_mask"]) as tape:
+                models.option_logits(model, batch)
+            by_name = {s.name: s for s in tape.slots}
+            width = max(len(s.counts) for s in tape.slots)
+            last = [torch.bincount(by_name[n].expert[by_name[n].last], minlength=width).cpu() for n in names]
+            every = [torch.nn.functional.pad(by_name[n].counts, (0, width - len(by_name[n].counts))).cpu() for n in names]
+            step = torch.stack([torch.stack(every), torch.stack(last)])
+            totals = step if totals is None else totals + step
+    return totals[0], totals[1]
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

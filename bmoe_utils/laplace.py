@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import curvature
+from . import curvature, prior
 from .artefacts import model_fingerprint
 from .files import replace_folder
 from .capture import capturing, down_weight, expert_layers, recording, select_layers
@@ -34,15 +34,18 @@ CHOICES = {
     "granularity": ("global", "layer", "expert"),
 }
 FORMAT = 1
-# The prior precisions looked at when tuning: far wider than any optimum seen, so that a bound is reached only where
-# there is none. 8 steps a decade put the grid within 15% of the optimum before it is refined.
-GRID = torch.logspace(-4, 8, 97, dtype=torch.float64)
 
 
 def _check(**chosen: str) -> None:
     for option, value in chosen.items():
         if value not in CHOICES[option]:
             raise ValueError(f"{option}={value!r} is not one of {', '.join(map(repr, CHOICES[option]))}")
+
+
+def _every_class(logits: Tensor) -> Tensor:
+    """The cotangents ``[C, B, C]`` of every item's every class."""
+    B, C = logits.shape
+    return torch.eye(C, dtype=logits.dtype, device=logits.device)[:, None, :].expand(C, B, C)
 
 
 class ExpertLaplace:
@@ -108,10 +111,13 @@ class ExpertLaplace:
     @prior_precision.setter
     def prior_precision(self, value: float | Tensor) -> None:
         self._prior_precision = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
-        self._precisions()
+        self.prior_precision_by_expert()
 
-    def _precisions(self, value: float | Tensor | None = None) -> Tensor:
-        """``[L, E]``, float64, on the CPU; differentiable in ``value``. Layers with fewer experts ignore the rest."""
+    def prior_precision_by_expert(self, value: float | Tensor | None = None) -> Tensor:
+        """The precision (or ``value``) of every expert, ``[L, E]`` float64 on the CPU, differentiable in ``value``.
+
+        Layers with fewer experts than the widest ignore the rest. ``ValueError`` on another shape or a value <= 0.
+        """
         value = self._prior_precision if value is None else torch.as_tensor(value).double().cpu()
         L, E = len(self.layers), int(self.num_experts.max())
         if value.shape not in ((), (L,), (L, E)):
@@ -155,25 +161,24 @@ class ExpertLaplace:
             case "full":
                 return curvature.DenseRows([[] for _ in range(E)])
 
-    def _forward(self, batch: Mapping[str, Tensor], columns) -> tuple[Tensor, list]:
-        """One forward and one backward per cotangent. ``columns(logits) -> [K, B, C]``.
+    def captured(self, batch: Mapping[str, Tensor], columns=None) -> tuple[Tensor, list]:
+        """One forward and one backward per cotangent, inside ``capture.capturing(model)``.
 
-        Returns the class logits ``[B, C]`` (detached) and per layer ``(slots, g [K, S, d])``, at least float32.
+        ``columns(logits) -> [K, B, C]`` gives the cotangents, by default one per class. Returns the class logits
+        ``[B, C]`` (detached) and per layer ``(Slots, g [K, S, d])``, at least float32.
         """
         batch = to_device(batch, self.model)
         with recording(self.model, self.layers, batch["attention_mask"]) as tape:
             logits = option_logits(self.model, batch)
-        v = columns(logits.detach())
-        grads = [tape.gradients(logits, v[k].to(logits.dtype), keep_graph=k + 1 < len(v)) for k in range(len(v))]
-        by_layer = []
-        order = {name: i for i, name in enumerate(self.layers)}
-        for i in sorted(range(len(tape.slots)), key=lambda i: order[tape.slots[i].name]):
-            slots = tape.slots[i]
-            g = torch.stack([columns_of_layer[i] for columns_of_layer in grads])
+        v = (columns or _every_class)(logits.detach()).to(logits.dtype)
+        grads = [tape.gradients(logits, v[k], keep_graph=k + 1 < len(v)) for k in range(len(v))]
+        by_name = {}
+        for i, slots in enumerate(tape.slots):
+            g = torch.stack([of_column[i] for of_column in grads])
             dtype = torch.promote_types(g.dtype, torch.float32)
             slots.a = slots.a.to(dtype)
-            by_layer.append((slots, g.to(dtype)))
-        return logits.detach(), by_layer
+            by_name[slots.name] = slots, g.to(dtype)
+        return logits.detach(), [by_name[name] for name in self.layers]
 
     def fit(self, loader: Iterable[Mapping[str, Tensor]], *, progress: bool = True) -> ExpertLaplace:
         """Accumulates the curvature over the fitting set, summed over items. Leaves the model bit for bit as it was.
@@ -192,7 +197,7 @@ class ExpertLaplace:
                 labelled &= bool((labels >= 0).all())
                 if fisher == "empirical" and not labelled:
                     raise ValueError(f"batch {number} has unlabelled items; fisher='empirical' needs every label")
-                logits, captured = self._forward(
+                logits, captured = self.captured(
                     batch, lambda f: curvature.fisher_columns(f, fisher, labels.to(f.device), generator)
                 )
                 if logits.isnan().any() or (logits.logsumexp(-1) == torch.inf).any():
@@ -237,7 +242,7 @@ class ExpertLaplace:
         ``log p(D|W_MAP) - 1/2 lambda ||W_MAP - W_0||^2 + 1/2 P log lambda - 1/2 log det(H + lambda I)``
         summed over experts, with the answer likelihood ``softmax`` over the item's options.
         """
-        precision = self._precisions(prior_precision)
+        precision = self.prior_precision_by_expert(prior_precision)
         penalty = self._penalty(precision).sum()
         if self.log_likelihood is None:
             raise ValueError("the evidence needs labels, and some items of the fitting set had none")
@@ -260,58 +265,39 @@ class ExpertLaplace:
         """
         _check(method=method, granularity=granularity, link_approx=link_approx)
         L, E = self._distance.shape
-        group = {"global": torch.zeros(L, E), "layer": torch.arange(L)[:, None].expand(L, E),
-                 "expert": torch.arange(L * E).view(L, E)}[granularity].long()
+        group = prior.groups(granularity, L, E)
         if method == "marglik":
-            best = self._maximise_evidence(group)
+            best = prior.maximise_evidence(self._penalty, group, self.prior_precision_by_expert())
         else:
             if val_loader is None:
                 raise ValueError("method='val_nll' needs val_loader, a loader over held-out labelled items")
-            best = self._minimise_validation_nll(group, val_loader, link_approx, progress)
-        at_end = (best <= GRID[0]) | (best >= GRID[-1])
+            nll = self._validation_nll(group, val_loader, link_approx, progress)
+            best = prior.COARSE[prior.minimise_nll(nll, int(group.max()) + 1)]
+        at_end = (best <= prior.GRID[0]) | (best >= prior.GRID[-1])
         if at_end.any():
             warnings.warn(f"{int(at_end.sum())} of {best.numel()} prior precisions reached the end of the range "
-                          f"{GRID[0]:g} to {GRID[-1]:g}: {method} has no optimum inside it there (weights that equal the "
+                          f"{prior.GRID[0]:g} to {prior.GRID[-1]:g}: {method} has no optimum inside it there (weights that equal the "
                           "prior mean, for instance, make the evidence grow with the precision for ever)", stacklevel=2)
         self.prior_precision = best.view({"global": (), "layer": (L,), "expert": (L, E)}[granularity])
         return self.prior_precision
 
-    def _maximise_evidence(self, group: Tensor) -> Tensor:
-        """Best precision of every group, ``[max(group) + 1]``. An expert without data or distance has none: it stays."""
-        n = int(group.max()) + 1
+    def validation_curve(self, loader: Iterable, *, link_approx: str = "mc", progress: bool = True) -> tuple[Tensor, Tensor]:
+        """A global prior precision's grid ``[P]`` and the NLL on ``loader`` (nats per item) at each of its points ``[P]``."""
+        _check(link_approx=link_approx)
+        nll = self._validation_nll(prior.groups("global", *self._distance.shape), loader, link_approx, progress)
+        points = range(len(prior.COARSE))
+        return prior.COARSE.clone(), torch.tensor([nll(torch.tensor([i])) for i in points], dtype=torch.float64)
 
-        def by_group(precision: Tensor) -> Tensor:
-            return torch.zeros(n, dtype=torch.float64).index_add(0, group.flatten(), self._penalty(precision).flatten())
+    def _validation_nll(self, group: Tensor, loader: Iterable, link_approx: str, progress: bool):
+        """The NLL on ``loader`` as a function of each group's index into ``prior.COARSE``; one pass over the data.
 
-        with torch.no_grad():
-            table = torch.stack([by_group(lam.expand(group.shape)) for lam in GRID])  # [grid, n]
-            start = GRID[table.argmin(0)]
-            flat = table.amax(0) == table.amin(0)
-        # Separable over groups and unimodal near the grid's best point: L-BFGS on log lambda, kept inside its cell.
-        log_precision = start.log().requires_grad_()
-        step = float(GRID[1].log() - GRID[0].log())
-        lo, hi = start.log() - step, start.log() + step
-        optimizer = torch.optim.LBFGS([log_precision], max_iter=100, line_search_fn="strong_wolfe",
-                                      tolerance_grad=1e-8, tolerance_change=1e-12)
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = by_group(log_precision.exp()[group]).sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        best = log_precision.detach().clamp(lo, hi).exp().clamp(GRID[0], GRID[-1])
-        kept = torch.zeros(n, dtype=torch.float64).scatter(0, group.flatten(), self._precisions().flatten())
-        return torch.where(flat, kept, best)
-
-    def _minimise_validation_nll(self, group: Tensor, loader: Iterable, link_approx: str, progress: bool) -> Tensor:
+        The predictive covariance is a sum over groups, so every group's part is tabulated at every grid point.
+        """
         n = int(group.max()) + 1
         means, tables, labels = [], [], []
-        coarse = GRID[::4]  # two steps a decade: the validation NLL is flat and noisy, and a finer choice would fit that
         for mean, captured, y in self._jacobians(loader, "expert Laplace: validation", progress):
             rows = []
-            for lam in coarse:
+            for lam in prior.COARSE:
                 total = mean.new_zeros(n, *mean.shape, mean.shape[-1])
                 for layer, cov in enumerate(self._covariances(captured, lam.expand(group.shape), len(mean))):
                     total.index_add_(0, group[layer, : len(cov)].to(cov.device), cov)
@@ -325,38 +311,19 @@ class ExpertLaplace:
         width = max(m.shape[1] for m in means)
         mean = torch.cat([nn.functional.pad(m, (0, width - m.shape[1]), value=-torch.inf) for m in means])
         table = torch.cat([nn.functional.pad(t, (0, width - t.shape[-1]) * 2) for t in tables], 2)
+        labels = labels.to(mean.device)
 
         def nll(choice: Tensor) -> float:
             cov = table[choice, torch.arange(n)].sum(0)
             return float(-self._link(mean, cov, link_approx, 100).gather(1, labels[:, None]).log().mean())
 
-        losses = [nll(torch.full((n,), i)) for i in range(len(coarse))]
-        choice = torch.full((n,), min(range(len(coarse)), key=losses.__getitem__))
-        least = min(losses)
-        for _ in range(5 if n > 1 else 0):  # sweeps; it stops by itself as soon as one changes nothing
-            before = least
-            for which in range(n):
-                for i in range(len(coarse)):
-                    trial = choice.clone()
-                    trial[which] = i
-                    if (value := nll(trial)) < least:
-                        least, choice = value, trial
-            if least == before:
-                break
-        return coarse[choice]
+        return nll
 
     # ---- prediction -------------------------------------------------------------------------------------------------
-    def _class_jacobians(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list]:
-        def every_class(logits: Tensor) -> Tensor:
-            B, C = logits.shape
-            return torch.eye(C, dtype=logits.dtype, device=logits.device)[:, None, :].expand(C, B, C)
-
-        return self._forward(batch, every_class)
-
     def _jacobians(self, loader: Iterable, title: str, progress: bool):
         with capturing(self.model):
             for batch in track(loader, title, progress):
-                yield *self._class_jacobians(batch), batch["labels"]
+                yield *self.captured(batch), batch["labels"]
 
     def _covariances(self, captured: list, precision: Tensor, num_items: int) -> list[Tensor]:
         """Per layer, every expert's part of the predictive covariance, ``[E, B, C, C]``."""
@@ -370,8 +337,8 @@ class ExpertLaplace:
         ``[B, C, C] = sum over experts <J_c, Sigma J_c'>``, exact in the Jacobian. C backward passes."""
         self._fitted()
         with capturing(self.model):
-            mean, captured = self._class_jacobians(batch)
-        parts = self._covariances(captured, self._precisions(prior_precision).detach(), len(mean))
+            mean, captured = self.captured(batch)
+        parts = self._covariances(captured, self.prior_precision_by_expert(prior_precision).detach(), len(mean))
         return mean, torch.stack([p.sum(0).to(mean.device) for p in parts]).sum(0)
 
     def _link(self, mean: Tensor, cov: Tensor, link_approx: str, num_samples: int) -> Tensor:

@@ -47,6 +47,8 @@ METHODS = {
     "laplace_map": Style("Laplace (mean only)", "#83c0e3", ">"),
     "laplace_mc_fisher": Style("Laplace (MC Fisher)", "#00629a", "h"),
     "laplace_empirical": Style("Laplace (empirical F.)", "#4a9ecf", "p"),
+    "laplace_pretrained": Style("Laplace (pretrained centre)", "#00557f", "*"),
+    "laplace_prior_global": Style("Laplace (global prior)", "#2f8fc4", "h"),
     "laplace_prior_layer": Style("Laplace (layer prior)", "#003b5e", "8"),
     "laplace_prior_expert": Style("Laplace (expert prior)", "#0a7abb", "d"),
     # posteriors elsewhere in the network: greens

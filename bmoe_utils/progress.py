@@ -1,7 +1,8 @@
-"""Progress of long loops, readable both in a terminal or notebook and in a batch log."""
+"""Progress of long loops, readable in a terminal, in JupyterLab and in a batch log."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 
@@ -9,5 +10,6 @@ from tqdm import tqdm  # plain: tqdm.auto's widget stalls headless under papermi
 
 
 def track(iterable: Iterable, title: str, enabled: bool = True, **kwargs) -> Iterable:
-    """``tqdm`` that updates live on a terminal and every half minute elsewhere, so that a log stays short."""
-    return tqdm(iterable, desc=title, disable=not enabled, mininterval=0.2 if sys.stderr.isatty() else 30, **kwargs)
+    """``tqdm`` that updates live where somebody watches (a terminal, JupyterLab), and twice a minute in a batch run."""
+    watched = sys.stderr.isatty() or ("ipykernel" in sys.modules and not os.environ.get("BMOE_BATCH"))
+    return tqdm(iterable, desc=title, disable=not enabled, mininterval=0.5 if watched else 30, **kwargs)

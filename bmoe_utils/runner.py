@@ -251,7 +251,7 @@ def run(plan: Plan, chosen: list[Chapter], *, fresh: bool = False, html: bool = 
     plan.figures.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = dict(
-        BMOE_ROOT=str(project_root()), BMOE_FIGURES=str(plan.figures), PYTHONPATH=path,    # kernels find this package, installed or not
+        BMOE_ROOT=str(project_root()), BMOE_FIGURES=str(plan.figures), BMOE_BATCH="1", PYTHONPATH=path,    # kernels find this package, installed or not
         BMOE_FRESH=f"{int(time.time())}-{uuid.uuid4().hex[:6]}" if fresh else None,
         JUPYTER_PREFER_ENV_PATH="1",                  # `python3` is this environment's kernel, not one in the home folder
         PYDEVD_DISABLE_FILE_VALIDATION="1", TOKENIZERS_PARALLELISM=os.environ.get("TOKENIZERS_PARALLELISM", "false"))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from .world import build_splits, cloze_prompt, load_world
+from .world import build_splits, cloze_prompt, load_world, pretraining_lines
 
 LETTERS = string.ascii_uppercase
 VALIDATION_SHARE = 0.1
@@ -142,6 +142,20 @@ def prompt(item: dict, readout: str) -> str:
 def options(item: dict, readout: str) -> list[str]:
     """The texts whose tokens read out the options: letters or the option words, each with its leading space."""
     return [f" {w}" for w in (item["choices"] if readout == "cloze" else LETTERS[: len(item["choices"])])]
+
+
+def learning_texts(name: str, train: Split, lines: int) -> tuple[list[str], list[str]]:
+    """What an embedded model learns its language from, and the option words that must be single tokens.
+
+    ``"world"``: ``lines`` lines of its pretraining text, and its values. Any other task: the prompts of ``train`` and their
+    options, never which one is right.
+    """
+    if name == "world":
+        world = load_world()
+        values = {value for relation in world.relations for value in world.vocabulary(relation)}
+        return pretraining_lines(world, lines), sorted(values)
+    words = {word for item in train for word in item["choices"]} if train.readout == "cloze" else LETTERS
+    return [prompt(item, train.readout) for item in train], sorted(words)
 
 
 def option_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

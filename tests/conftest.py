@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")                  # tiny matrices: threads only get into each other's way
 for name in ("BMOE_FIGURES", "BMOE_FRESH", "BMOE_ROOT"):       # a caller's run must not leak into the tests
     os.environ.pop(name, None)
 

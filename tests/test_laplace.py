@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bmoe_utils as bm
 from bmoe_utils import capture, curvature
 from bmoe_utils.capture import capturing, expert_layers
+from bmoe_utils.exact import joint_predictive
 from bmoe_utils.models import option_logits
 
 # Layer norms and router probabilities are taken in float32 inside transformers even in a float64 model. Where two
@@ -31,7 +32,7 @@ def captured_jacobians(model, batch):
     """``J [B, C, L, E, P]`` from the capture."""
     la = bm.ExpertLaplace(model)
     with capturing(model):
-        logits, captured = la._class_jacobians(batch)
+        logits, captured = la.captured(batch)
     E, d, f = la.shapes[0]
     J = torch.zeros(*logits.shape, len(captured), E, d * f, dtype=logits.dtype)
     for layer, (s, g) in enumerate(captured):
@@ -179,8 +180,8 @@ def test_experts_without_tokens(structure):
     assert idle.sum() == 4  # 2 layers x (4 experts - top 2)
     J, _ = autograd_jacobians(model, test)
     with capturing(model):
-        _, captured = la._class_jacobians(test)
-    parts = la._covariances(captured, la._precisions(), 4)
+        _, captured = la.captured(test)
+    parts = la._covariances(captured, la.prior_precision_by_expert(), 4)
     prior_only = torch.einsum("ncleP,ndleP->lencd", J, J) / 0.5
     for layer, e in idle.nonzero().tolist():
         torch.testing.assert_close(parts[layer][e], prior_only[layer, e], **ACROSS_SHAPES)
@@ -270,14 +271,30 @@ def test_validation_tuning_finds_the_grid_point_of_least_nll(granularity):
         warnings.simplefilter("ignore", UserWarning)  # on random labels the best precision may well be the largest
         best = la.optimize_prior_precision(method="val_nll", granularity=granularity, val_loader=[val], link_approx="probit",
                                            progress=False)
-    from bmoe_utils.laplace import GRID
-    by_hand = min(nll(lam) for lam in GRID[::4])
+    from bmoe_utils.prior import COARSE
+    by_hand = min(nll(lam) for lam in COARSE)
     if granularity == "global":
         torch.testing.assert_close(nll(best), by_hand)
     else:
         assert nll(best) <= by_hand + 1e-9
     with pytest.raises(ValueError, match="val_loader"):
         la.optimize_prior_precision(method="val_nll")
+
+
+def test_joint_predictive_is_the_dense_posterior_over_all_experts_at_once(architecture):
+    """Against the inverse of the dense GGN over every expert of every layer, not block-diagonal."""
+    model, batch, test = tiny_model(architecture), tiny_batch(5, seed=1), tiny_batch(4, seed=2)
+    (J, logits), (J_test, _) = autograd_jacobians(model, batch), autograd_jacobians(model, test)
+    p = logits.softmax(-1)
+    Lambda = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    J, J_test = J.flatten(2), J_test.flatten(2)
+    lam = torch.tensor([[0.5], [2.0]], dtype=torch.float64).expand(2, 4)
+    prior = lam[:, :, None].expand(2, 4, J.shape[-1] // 8).flatten()
+    H = torch.einsum("ncP,ncd,ndQ->PQ", J, Lambda, J) + torch.diag(prior)
+    expected = J_test @ torch.linalg.inv(H) @ J_test.mT
+    la = bm.ExpertLaplace(model, prior_precision=lam)
+    got = torch.cat([cov for _, cov in joint_predictive(la, list(single_items(batch)), [test], progress=False)])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 # ---- the model is a guest -------------------------------------------------------------------------------------------

@@ -1,0 +1,59 @@
+"""The reference every approximation is held against: the dense GGN posterior over all experts of all layers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from .capture import capturing
+from .curvature import item_jacobians, softmax_hessian_root
+from .laplace import ExpertLaplace
+from .progress import track
+
+
+def _rows(captured: list, scale: Tensor, num_items: int) -> Tensor:
+    """Per-item Jacobians over all weights, each scaled by its expert's ``lambda^-1/2``: ``[B, K, sum of all P]``."""
+    layers = []
+    for (slots, g), s in zip(captured, scale, strict=True):
+        K, _, d = g.shape
+        out = g.new_zeros(num_items, K, len(slots.counts), d * slots.a.shape[1])
+        for e, items, J in item_jacobians(slots.a, g, slots.item, slots.counts):
+            out[items, :, e] = J.flatten(2) * s[e].to(J.dtype)
+        layers.append(out.flatten(2))
+    return torch.cat(layers, 2)
+
+
+def joint_predictive(
+    la: ExpertLaplace, fit_loader: Iterable[Mapping[str, Tensor]], loader: Iterable[Mapping[str, Tensor]], *,
+    progress: bool = True,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The linearised predictive of the exact GGN posterior, without the block-diagonal and any other approximation.
+
+    ``Cov = J (H + Lambda)^-1 J^T`` with the dense ``H`` of all of ``la``'s layers and experts, in the dual form: with the
+    rows ``Phi = S^T J Lambda^-1/2`` of the fitting set and ``J Lambda^-1/2`` of an item, ``Cov = J J^T - J Phi^T (I + Phi
+    Phi^T)^-1 Phi J^T``. Needs ``items x (C-1) x all expert weights`` numbers: small models only. ``la`` gives model, layers
+    and prior precision, and need not be fitted. Yields mean ``[B, C]`` and covariance ``[B, C, C]`` per batch.
+    """
+    scale = la.prior_precision_by_expert().rsqrt()
+    with capturing(la.model):
+        rows = []
+        for batch in track(fit_loader, "dense posterior: rows", progress):
+            f, captured = la.captured(batch, lambda f: softmax_hessian_root(f).permute(2, 0, 1))
+            rows.append(_rows(captured, scale, len(f)).flatten(0, 1))
+        rows = torch.cat(rows) if rows else None  # nothing to fit on: the prior's own predictive
+        if rows is not None:
+            rows = rows[(rows != 0).any(1)]  # those of missing options are zero
+            kernel = (rows @ rows.mT).double()
+            kernel.diagonal().add_(1)
+            root = torch.linalg.cholesky(kernel)
+        for batch in track(loader, "dense posterior: predictions", progress):
+            f, captured = la.captured(batch)
+            J = _rows(captured, scale, len(f))
+            cov = (J @ J.mT).double()
+            if rows is not None:
+                inside = (J.flatten(0, 1) @ rows.mT).double()
+                inside = torch.linalg.solve_triangular(root, inside.mT, upper=False).mT.view(*f.shape, -1)
+                cov -= inside @ inside.mT
+            yield f, cov.to(f.dtype)

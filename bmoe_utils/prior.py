@@ -1,0 +1,77 @@
+"""Choosing prior precisions: by the evidence (gradient on log lambda) or by validation NLL (a grid). Pure maths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# The precisions looked at: far wider than any optimum seen, so that an end is reached only where there is no optimum.
+# 8 steps a decade put the best grid point within 15% of the optimum before it is refined.
+GRID = torch.logspace(-4, 8, 97, dtype=torch.float64)
+# For the validation NLL two steps a decade: it is flat and noisy, and a finer choice would fit the noise.
+COARSE = GRID[::4]
+
+
+def groups(granularity: str, layers: int, experts: int) -> Tensor:
+    """Which precision each expert shares, ``[L, E]``: one for all (``global``), one per ``layer`` or per ``expert``."""
+    match granularity:
+        case "global":
+            return torch.zeros(layers, experts, dtype=torch.long)
+        case "layer":
+            return torch.arange(layers)[:, None].expand(layers, experts)
+        case "expert":
+            return torch.arange(layers * experts).view(layers, experts)
+    raise ValueError(f"granularity={granularity!r} is not one of 'global', 'layer', 'expert'")
+
+
+def maximise_evidence(penalty: Callable[[Tensor], Tensor], group: Tensor, current: Tensor) -> Tensor:
+    """The precision of least penalty (largest evidence) of every group, float64 ``[groups]``.
+
+    ``penalty(precision [L, E]) -> [L, E]`` is what the evidence loses, expert by expert; ``group [L, E]`` from
+    :func:`groups`. The best grid point, refined by L-BFGS on ``log lambda`` within its cell. A group whose penalty does not
+    depend on the precision (no data, no distance) keeps its ``current`` ``[L, E]``.
+    """
+    n = int(group.max()) + 1
+
+    def by_group(precision: Tensor) -> Tensor:
+        return torch.zeros(n, dtype=torch.float64).index_add(0, group.flatten(), penalty(precision).flatten())
+
+    with torch.no_grad():
+        table = torch.stack([by_group(lam.expand(group.shape)) for lam in GRID])  # [grid, n]
+    start = GRID[table.argmin(0)].log()
+    log_precision = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([log_precision], max_iter=100, line_search_fn="strong_wolfe",
+                                  tolerance_grad=1e-8, tolerance_change=1e-12)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = by_group(log_precision.exp()[group]).sum()  # separable: each group's gradient is its own
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    step = float(GRID[1].log() - GRID[0].log())
+    best = log_precision.detach().clamp(start - step, start + step).exp().clamp(GRID[0], GRID[-1])
+    kept = torch.zeros(n, dtype=torch.float64).scatter(0, group.flatten(), current.flatten())
+    return torch.where(table.amax(0) == table.amin(0), kept, best)
+
+
+def minimise_nll(nll: Callable[[Tensor], float], n: int, sweeps: int = 5) -> Tensor:
+    """Indices into ``COARSE``, one per group ``[n]``, of least ``nll(indices)``: the best common one, then coordinate
+    descent (``sweeps`` at most; it stops as soon as one changes nothing)."""
+    common = [nll(torch.full((n,), i)) for i in range(len(COARSE))]
+    least = min(common)
+    choice = torch.full((n,), common.index(least))
+    for _ in range(sweeps if n > 1 else 0):
+        before = least
+        for which in range(n):
+            for i in range(len(COARSE)):
+                trial = choice.clone()
+                trial[which] = i
+                if (value := nll(trial)) < least:
+                    least, choice = value, trial
+        if least == before:
+            break
+    return choice
