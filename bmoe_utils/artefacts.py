@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast, hashlib, json, math, os, re, shutil, sys, time, uuid
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -98,13 +99,18 @@ def _code_version(modules) -> str:
         path = PACKAGE / f"{module.removeprefix('bmoe_utils.')}.py" if isinstance(module, str) else Path(module.__file__)
         if not path.is_file():
             raise ValueError(f"no module {module!r} in {PACKAGE.name}: {', '.join(sorted(p.stem for p in PACKAGE.glob('*.py')))}")
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node, False) is not None:
-                del body[0]
-        digest.update(f"{path.stem}\0{ast.dump(tree)}\0".encode())
+        digest.update(f"{path.stem}\0{_source_hash(path, path.stat().st_mtime_ns)}\0".encode())
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=None)
+def _source_hash(path: Path, modified: int) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node, False) is not None:
+            del body[0]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
 def _versions() -> dict:

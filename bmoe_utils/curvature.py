@@ -75,17 +75,22 @@ def reduce_by_item(a: Tensor, g: Tensor, expert: Tensor, item: Tensor, num_exper
     return a_mean, g_sum, torch.bincount(pair // num_items, minlength=num_experts)
 
 
+def drop_inactive(a: Tensor, g: Tensor, item: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The slots with a gradient. The others add nothing to a Jacobian: in the last layer, all but the token that answers."""
+    active = (g != 0).any(2).any(0)
+    if active.all():
+        return a, g, item, counts
+    expert = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    return a[active], g[:, active], item[active], torch.bincount(expert[active], minlength=len(counts))
+
+
 def item_jacobians(a: Tensor, g: Tensor, item: Tensor, counts: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """``J_{n,k} = sum_{t in n} g_{t,k} a_t^T`` for every expert and every item that reached it, exact.
 
     Yields ``(expert, items [n], J [n, K, d, f])`` in chunks of items that bound the memory; an (expert, item) pair
     comes at most once, and where it does not, ``J = 0``.
     """
-    # Slots without a gradient add nothing: in the last layer that is every token but the one that answers.
-    live = (g != 0).any(2).any(0)
-    if not live.all():
-        expert = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        a, g, item, counts = a[live], g[:, live], item[live], torch.bincount(expert[live], minlength=len(counts))
+    a, g, item, counts = drop_inactive(a, g, item, counts)
     K, _, d = g.shape
     f = a.shape[1]
     at_once = max(1, CHUNK_ELEMENTS // (K * d * f))
@@ -192,7 +197,8 @@ class DenseBlocks:
 class KronSums:
     """Running Kronecker factors of one layer: ``A = sum a a^T``, ``G = sum_k g g^T`` and the samples ``n`` per expert.
 
-    ``expand``: every routed token is a sample. ``reduce``: one sample per item and expert.
+    ``expand``: every routed token is a sample. ``reduce``: one sample per item and expert. ``active``: every routed token
+    with a gradient; one without adds nothing to the exact GGN, but under ``expand`` it enters ``A`` and ``n``.
     """
 
     A: Tensor
@@ -202,7 +208,9 @@ class KronSums:
     rank: int | None = None
 
     def update(self, a: Tensor, g: Tensor, expert: Tensor, item: Tensor, counts: Tensor, num_items: int) -> None:
-        if self.token_setting == "reduce":
+        if self.token_setting == "active":
+            a, g, item, counts = drop_inactive(a, g, item, counts)
+        elif self.token_setting == "reduce":
             a, g, counts = reduce_by_item(a, g, expert, item, len(counts), num_items)
         self.A += gram_by_expert(a, counts)
         self.G += gram_by_expert(g, counts)

@@ -28,7 +28,7 @@ from .progress import track
 CHOICES = {
     "hessian_structure": ("kron", "diag", "full"),
     "fisher": ("exact", "mc", "empirical"),
-    "token_setting": ("expand", "reduce"),
+    "token_setting": ("expand", "reduce", "active"),
     "link_approx": ("mc", "probit", "map"),
     "method": ("marglik", "val_nll"),
     "granularity": ("global", "layer", "expert"),
@@ -57,8 +57,9 @@ class ExpertLaplace:
             memory ``items x (C-1) x d f`` per expert: small models only).
         fisher: ``exact`` (the GGN, C-1 backward passes), ``mc`` (labels drawn from the model, one pass, unbiased) or
             ``empirical`` (observed labels, one pass; biased, it shrinks as items are memorised).
-        token_setting: ``expand`` (a sample per routed token) or ``reduce`` (per item and expert); of ``kron`` only,
-            the others use exact per-item Jacobians.
+        token_setting: ``expand`` (a sample per routed token), ``reduce`` (per item and expert) or ``active`` (per routed token
+            that can reach the answer: in the last layer the answering token alone); of ``kron`` only, the others use exact
+            per-item Jacobians.
         rank: keep this many leading eigenvectors of each Kronecker factor; the rest keeps the prior.
         layers: ``None`` / ``"all"``, or MoE layer indices or names.
         prior_precision: 0-d, one per layer ``[L]``, or one per expert ``[L, E]``.

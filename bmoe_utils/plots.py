@@ -38,6 +38,7 @@ METHODS = {
     # Laplace on the experts: blues
     "laplace_kron": Style("Expert Laplace", "#0072b2", "o"),
     "laplace_kron_reduce": Style("Laplace (reduce)", "#3a94c9", "s"),
+    "laplace_kron_active": Style("Laplace (active tokens)", "#16689c", "v"),
     "laplace_ekfac": Style("Laplace (EKFAC)", "#004f7c", "D"),
     "laplace_lowrank": Style("Laplace (low rank)", "#6cb5de", "^"),
     "laplace_diag": Style("Laplace (diagonal)", "#83c0e3", "v"),
@@ -111,15 +112,18 @@ def use_house_style():
     )
 
 
-def legend_outside(ax, where="right", **options):
-    """Place the legend of `ax` beside ("right") or under ("below") the axes, never over the data. Returns `ax`."""
+def legend_outside(ax, where="right", source=None, **options):
+    """Place the legend of `ax` (or of another axes, `source`) beside ("right") or under ("below") `ax`, never over the data.
+
+    Returns `ax`.
+    """
     if where == "right":
         place = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0), "borderaxespad": 0.0}
     elif where == "below":
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "borderaxespad": 0.0}
     else:
         raise ValueError(f'where must be "right" or "below", got {where!r}')
-    handles, labels = ax.get_legend_handles_labels()
+    handles, labels = (source or ax).get_legend_handles_labels()
     if handles:
         ax.legend(*_unique(handles, labels), **(place | {"frameon": False} | options))
     return ax

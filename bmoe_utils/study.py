@@ -10,7 +10,6 @@ on the way. Stages and what they rest on:
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -26,29 +25,31 @@ from .evaluate import Predictions, predict
 from .exact import joint_predictive
 from .laplace import ExpertLaplace
 from .metrics import fit_temperature, softmax
-from .tasks import Split, learning_texts, load_task, make_loader
+from .tasks import Split, draw, learning_texts, load_task, make_loader
+from .world import world_file
 
 # What every profile sets, with the values of `cpu`: the embedded world on a laptop.
 CPU = {
     "seeds": [0, 1, 2],
     # embedded base model
     "architecture": "qwen2_moe", "width": 64, "layers": 3, "experts": 8, "top_k": 2, "expert_width": 64,
-    "tokenizer": "word", "vocab_size": 4096,
+    "tokenizer_kind": "word", "vocab_size": 4096,
     "pretrain_lines": 300_000, "pretrain_steps": 3500, "pretrain_batch": 64, "pretrain_lr": 3e-3,
     # MAP fine-tuning; train_size None: all of it
     "method": "full", "train_size": 500, "epochs": 20, "batch_size": 16, "lr": 3e-4, "weight_decay": 0.0,
     "dtype": "float32", "device_map": None, "readout": None,
     # evaluation
     "eval_batch": 64, "test_size": None,
-    # chapter 1: the training-set sizes of its curve; chapter 2: items against the dense posterior
-    "sizes": [125, 250, 500, 1000], "exact_items": 200,
+    # chapter 1: the training-set sizes of its curve; chapter 2: against the dense posterior, fitted on so many items and
+    # compared on so many
+    "sizes": [125, 250, 500, 1000], "exact_fit": 500, "exact_items": 200,
     # chapters 2 to 4: what the prior is centred on, "pretrained" or "zero"
     "prior_mean": "zero", "mc_samples": 1000,
 }  # fmt: skip
 PROFILES = {
     "smoke": CPU | {
         "seeds": [0, 1], "width": 32, "layers": 2, "experts": 4, "expert_width": 32, "pretrain_lines": 20_000,
-        "pretrain_steps": 150, "train_size": 100, "epochs": 6, "test_size": 200, "sizes": [50, 100], "exact_items": 40,
+        "pretrain_steps": 150, "train_size": 100, "epochs": 12, "lr": 2e-3, "test_size": 200, "sizes": [50, 100], "exact_items": 40,
         "mc_samples": 200,
     },
     "cpu": CPU,
@@ -67,9 +68,9 @@ MODELS = {"smoke": None, "cpu": None, "gpu": "ibm-granite/granite-3.1-1b-a400m-i
 # The embedded model on a user's own questions learns from them alone: a byte-level tokenizer trained on their text, no text
 # to pretrain on, all of the training set.
 OWN_QUESTIONS = {
-    "cpu": {"tokenizer": "bpe", "layers": 2, "pretrain_steps": 0, "train_size": None, "epochs": 8, "lr": 1e-3,
+    "cpu": {"tokenizer_kind": "bpe", "layers": 2, "pretrain_steps": 0, "train_size": None, "epochs": 8, "lr": 1e-3,
             "batch_size": 32, "sizes": [1000, 3000]},
-    "smoke": {"tokenizer": "bpe", "vocab_size": 1024, "pretrain_steps": 0, "sizes": [50, 100]},
+    "smoke": {"tokenizer_kind": "bpe", "vocab_size": 1024, "pretrain_steps": 0, "sizes": [50, 100]},
 }
 
 # The modules whose code an artefact depends on.
@@ -98,17 +99,12 @@ class Study:
         self.model_name = model or MODELS[profile]
         own = OWN_QUESTIONS.get(profile, {}) if self.embedded and self.task_name != "world" else {}
         self.settings = PROFILES[profile] | own | overrides
+        vars(self).update(self.settings)
         self.store = store or Store()
         if self.embedded:
             # Matrices this small gain little from threads, lose a lot where cores are shared, and in one thread give the
             # same numbers on any number of cores.
             torch.set_num_threads(1)
-
-    def __getattr__(self, name):
-        try:
-            return self.__dict__["settings"][name]
-        except KeyError:
-            raise AttributeError(f"a study has no {name!r}; its settings: {', '.join(self.__dict__.get('settings', ()))}") from None
 
     @property
     def embedded(self) -> bool:
@@ -134,10 +130,7 @@ class Study:
 
     def train_items(self, seed: int, size: int | None = None) -> Split:
         """The fine-tuning set of a seed: ``size`` (default ``train_size``) items drawn from the pool; nested in size."""
-        pool = self.task["train"]
-        order = list(range(len(pool)))
-        random.Random(1000 + seed).shuffle(order)
-        return Split([pool[i] for i in order[: size or self.train_size]], pool.readout)
+        return draw(self.task["train"], seed, self.train_size if size is None else size)
 
     def loader(self, items: Split, *, batch_size: int | None = None, **options):
         return make_loader(items, self.tokenizer, batch_size=batch_size or self.eval_batch, **options)
@@ -146,10 +139,10 @@ class Study:
     @cached_property
     def base_folder(self) -> Path:
         """The base model's checkpoint: a normal ``save_pretrained`` folder, with ``losses.json`` if trained here."""
-        names = ("architecture", "width", "layers", "experts", "top_k", "expert_width", "tokenizer", "vocab_size",
+        names = ("architecture", "width", "layers", "experts", "top_k", "expert_width", "tokenizer_kind", "vocab_size",
                  "pretrain_lines", "pretrain_steps", "pretrain_batch", "pretrain_lr")
         config = {n: self.settings[n] for n in names}
-        config["data"] = "world" if self.task_name == "world" else self.data_key
+        config["data"] = fingerprint(world_file()) if self.task_name == "world" else fingerprint(list(self.task["train"]))
 
         def build(folder: Path) -> None:
             texts, words = learning_texts(self.task_name, self.task["train"], self.pretrain_lines)
@@ -166,10 +159,6 @@ class Study:
             atomic_write(folder / "losses.json", json.dumps(losses))
 
         return self.store.folder("base", config, build, modules=TRAINING)
-
-    @property
-    def tokenizer_kind(self) -> str:
-        return self.settings["tokenizer"]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -194,8 +183,10 @@ class Study:
     def _map_config(self, seed: int, epochs: int | None, size: int | None) -> dict:
         names = ("method", "batch_size", "lr", "weight_decay", "dtype")
         return {n: self.settings[n] for n in names} | {
-            "base": self._base_key, "data": self.data_key, "seed": seed, "epochs": epochs or self.epochs,
-            "size": len(self.train_items(seed, size)),
+            "base": self._base_key, "data": self.data_key, "seed": seed, "epochs": self.epochs if epochs is None else epochs,
+            "size": (n := len(self.train_items(seed, size))),
+            # metrics after every epoch, for the study's own set; elsewhere the end is enough
+            "every_epoch": self.embedded and n == len(self.train_items(seed)),
         }
 
     def map_folder(self, seed: int, *, epochs: int | None = None, size: int | None = None) -> Path:
@@ -209,19 +200,18 @@ class Study:
                 model = train.add_lora(model, seed=seed)
             items = self.train_items(seed, size)
             history = []
-            follow = self.embedded and len(items) == len(self.train_items(seed))  # elsewhere the end is enough
 
             def after_epoch(epoch: int) -> None:
                 splits = {"train": items, "test": self.task["test"]}
                 scores = {k: predict(model, self.loader(v), progress=False).summary() for k, v in splits.items()}
                 history.append({"epoch": epoch} | scores)
 
-            if follow:
+            if config["every_epoch"]:
                 after_epoch(0)
             train.fine_tune(model, self.loader(items, batch_size=self.batch_size, shuffle=True, seed=seed),
                             epochs=config["epochs"], lr=self.lr, weight_decay=self.weight_decay, seed=seed,
-                            after_epoch=after_epoch if follow else None)
-            if not follow:
+                            after_epoch=after_epoch if config["every_epoch"] else None)
+            if not config["every_epoch"]:
                 after_epoch(config["epochs"])
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
@@ -313,23 +303,24 @@ class Study:
 
     # ---- against the exact posterior --------------------------------------------------------------------------------
     def covariances(self, seed: int, precision: float, structure: str = "kron", **options) -> torch.Tensor:
-        """Predictive covariances ``[exact_items, C, C]`` of the first test items at one prior precision.
+        """Predictive covariances ``[exact_items, C, C]`` of the first test items at one prior precision, each posterior
+        fitted on the first ``exact_fit`` items of the fine-tuning set.
 
         ``structure``: ``joint``, the dense GGN posterior over all experts together (:mod:`bmoe_utils.exact`); ``prior``, no
         curvature at all; or a ``hessian_structure``.
         """
         config = {"map": self.map_folder(seed).name, "precision": precision, "structure": structure, "options": options,
-                  "items": self.exact_items, "data": self.data_key}
+                  "fit": self.exact_fit, "items": self.exact_items, "data": self.data_key}
 
         def compute() -> dict:
             model, items = self.map_model(seed), self.loader(self.task["test"].subset(self.exact_items))
+            fit_on = self.loader(self.train_items(seed).subset(self.exact_fit))
             if structure in ("joint", "prior"):
                 la = ExpertLaplace(model, prior_precision=precision)
-                fitted_on = self.loader(self.train_items(seed)) if structure == "joint" else []
-                parts = [cov for _, cov in joint_predictive(la, fitted_on, items)]
+                parts = [cov for _, cov in joint_predictive(la, fit_on if structure == "joint" else [], items)]
             else:
                 la = ExpertLaplace(model, hessian_structure=structure, prior_precision=precision, seed=seed, **options)
-                la.fit(self.loader(self.train_items(seed)))
+                la.fit(fit_on)
                 parts = [la.predictive_logits(batch)[1] for batch in items]
             width = max(p.shape[1] for p in parts)
             return {"covariance": torch.cat([nn.functional.pad(p, (0, width - p.shape[1]) * 2) for p in parts])}

@@ -8,8 +8,9 @@ import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pandas
+import pyarrow.parquet
 import torch
-from datasets import load_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -58,7 +59,10 @@ def load_task(name: str | Path, *, seed: int = 0, readout: str | None = None) ->
         items = splits["train"]
         random.Random(seed).shuffle(items)
         cut = max(1, round(VALIDATION_SHARE * len(items)))
-        splits["validation"], splits["train"] = items[:cut], items[cut:]
+        same = lambda item: (item["question"], *sorted(item["choices"]))
+        held = {same(item) for item in items[:cut]}  # a question asked twice goes to one side
+        splits["validation"] = [item for item in items if same(item) in held]
+        splits["train"] = [item for item in items if same(item) not in held]
     words = {c for item in splits["train"] for c in item["choices"]}
     readout = readout or ("cloze" if len(words) <= 10 and all(w.isalpha() for w in words) else "letters")
     return {k: Split(splits[k], readout) for k in ("train", "validation", "test")}
@@ -66,33 +70,40 @@ def load_task(name: str | Path, *, seed: int = 0, readout: str | None = None) ->
 
 def read_questions(path: Path) -> list[dict]:
     """The items of one file. ``ValueError`` names file, row and fault of the first malformed rows; none is dropped."""
-    kind = {".parquet": "parquet", ".csv": "csv"}.get(path.suffix, "json")
-    if kind == "json":  # line by line: a broken line must be named, and datasets would unify the rows' types
-        rows, faults = [], []
-        text = path.read_text(encoding="utf-8")
-        lines = json.loads(text) if path.suffix == ".json" and text.lstrip().startswith("[") else text.splitlines()
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(line if isinstance(line, dict) else json.loads(line))
-            except json.JSONDecodeError as error:
-                faults.append(f"row {number}: not JSON ({error})")
-                rows.append(None)
+    rows, faults = [], []  # rows: (number, parsed row)
+    if path.suffix == ".parquet":
+        rows = list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
+    elif path.suffix == ".csv":  # as text: a reader that guesses types would turn answers into numbers and booleans
+        table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+        rows = list(enumerate(table.to_dict("records"), 1))
     else:
-        rows, faults = list(load_dataset(kind, data_files=str(path), split="train")), []
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json" and text.lstrip().startswith("["):
+            try:
+                rows = list(enumerate(json.loads(text), 1))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} is not JSON: {error}") from None
+        else:  # only newlines end a row: JSON strings may hold other line separators
+            for number, line in enumerate(text.rstrip().split("\n"), 1):
+                try:
+                    rows.append((number, json.loads(line)))
+                except json.JSONDecodeError as error:
+                    faults.append((number, f"not JSON ({error})"))
     items = []
-    for number, row in enumerate(rows, 1):
-        if row is None:
-            continue
+    for number, row in rows:
         try:
-            items.append({"id": str(row.get("id") or f"{path.stem}-{number:05d}"), **_item(row)})
+            if not isinstance(row, dict):
+                raise ValueError(f"a question is an object with fields, not {row!r}")
+            name = row.get("id")
+            items.append({"id": f"{path.stem}-{number:05d}" if name in (None, "") else str(name), **_item(row)})
         except (ValueError, KeyError, TypeError) as error:
-            reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            faults.append(f"row {number}: {reason}")
-    if faults:
-        shown = "\n  ".join(faults[:10]) + (f"\n  and {len(faults) - 10} more" if len(faults) > 10 else "")
-        raise ValueError(f"{path}: {len(faults)} malformed of {len(rows)} questions\n  {shown}")
-    if not items:
+            faults.append((number, f"no field {error}" if isinstance(error, KeyError) else str(error)))
+    if not items and (not faults or not path.read_bytes().strip()):
         raise ValueError(f"{path} holds no question")
+    if faults:
+        shown = [f"row {number}: {reason}" for number, reason in sorted(faults)]
+        shown = "\n  ".join(shown[:10]) + (f"\n  and {len(faults) - 10} more" if len(faults) > 10 else "")
+        raise ValueError(f"{path}: {len(faults)} malformed of {len(items) + len(faults)} questions\n  {shown}")
     return items
 
 
@@ -112,15 +123,15 @@ def _item(row: dict) -> dict:
     if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"choices must be a list of 2 to {len(LETTERS)} options")
     choices = [str(c).strip() for c in choices]
-    if not all(choices) or len(set(choices)) < len(choices):
-        raise ValueError("an option is empty or there twice")
+    if not all(choices):
+        raise ValueError("an option is empty")
     answer = row["answerKey"] if "answerKey" in row else row["answer"]
     labels = labels or list(LETTERS[: len(choices)])
     if isinstance(answer, int) and not isinstance(answer, bool):
         index = answer
     elif str(answer).strip() in labels:
         index = labels.index(str(answer).strip())
-    elif str(answer).strip() in choices:
+    elif choices.count(str(answer).strip()) == 1:
         index = choices.index(str(answer).strip())
     elif str(answer).strip().isdigit():
         index = int(answer)
@@ -128,6 +139,8 @@ def _item(row: dict) -> dict:
         raise ValueError(f"answer {answer!r} is no index, letter or text of the options")
     if not 0 <= index < len(choices):
         raise ValueError(f"answer {answer!r} is not among the {len(choices)} options")
+    if choices.count(choices[index]) > 1:  # a wrong option may be there twice (OpenBookQA has such rows), the right one not
+        raise ValueError(f"the right option {choices[index]!r} is there twice")
     return {"question": question.strip(), "choices": choices, "answer": index}
 
 
@@ -142,6 +155,13 @@ def prompt(item: dict, readout: str) -> str:
 def options(item: dict, readout: str) -> list[str]:
     """The texts whose tokens read out the options: letters or the option words, each with its leading space."""
     return [f" {w}" for w in (item["choices"] if readout == "cloze" else LETTERS[: len(item["choices"])])]
+
+
+def draw(pool: Split, seed: int, size: int | None) -> Split:
+    """A seeded sample of ``size`` items (all if None) in seeded order; nested in ``size``."""
+    order = list(range(len(pool)))
+    random.Random(1000 + seed).shuffle(order)
+    return Split([pool[i] for i in order[:size]], pool.readout)
 
 
 def learning_texts(name: str, train: Split, lines: int) -> tuple[list[str], list[str]]:
@@ -161,9 +181,10 @@ def learning_texts(name: str, train: Split, lines: int) -> tuple[list[str], list
 def option_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     """The id of an option's only token. ``ValueError`` if it has more than one."""
     ids = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1:
-        raise ValueError(f"the option {text!r} is {len(ids)} tokens for this tokenizer; its read-out needs one. "
-                         "Use readout='letters', or a tokenizer trained on these options")
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        what = "unknown to" if len(ids) == 1 else f"{len(ids)} tokens for"
+        raise ValueError(f"the option {text!r} is {what} this tokenizer; its read-out needs one token of its own. Read out by "
+                         "letters, or use a tokenizer trained on these options")
     return ids[0]
 
 

@@ -43,6 +43,7 @@ def pretrain(
     encoded = [ids + [end] for ids in tokenizer(list(lines), add_special_tokens=False)["input_ids"]]
     optimizer, schedule = _optimizer(model.parameters(), lr, weight_decay, steps)
     losses = []
+    model.zero_grad()
     model.train()
     batches = islice(length_batches([len(x) for x in encoded], batch_size, seed), steps)
     for indices in track(batches, "pretraining", progress, total=steps):
@@ -91,6 +92,7 @@ def fine_tune(
     """
     set_seed(seed)
     optimizer, schedule = _optimizer(model.parameters(), lr, weight_decay, epochs * len(loader))
+    model.zero_grad()
     for epoch in track(range(1, epochs + 1), "fine-tuning (epochs)", progress):
         model.train()
         for batch in loader:

@@ -147,12 +147,17 @@ def _relation(name: str, entry: Mapping) -> Relation:
     return Relation(name, entry["domain"], *(tuple(entry[kind]) for kind in _SLOTS))
 
 
+def world_file() -> Path:
+    """Where the world is written down: `data/world.json` beside the package."""
+    return Path(__file__).resolve().parent.parent / "data" / "world.json"
+
+
 def load_world(path: str | Path | None = None) -> World:
     """Read and check a world file (default: `data/world.json` beside the package).
 
     Raises FileNotFoundError, or `WorldError` naming the file and the place in it that is wrong.
     """
-    path = Path(path) if path is not None else Path(__file__).resolve().parent.parent / "data" / "world.json"
+    path = Path(path) if path is not None else world_file()
 
     def no_duplicates(items: list[tuple[str, object]]) -> dict:
         found = dict(items)

@@ -90,7 +90,18 @@ def test_full_predictive_and_evidence_equal_the_dense_ones(architecture, prior_p
     torch.testing.assert_close(slope, 0.5 * (P / lam - W.square().sum(-1) - trace), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("token_setting", ["expand", "reduce"])
+def test_active_is_exact_in_the_last_layer_for_one_item(architecture):
+    """In the last layer only the answering token has a gradient, so a single item's curvature there is a Kronecker product
+    of that token's, however long the item; counting the silent tokens as samples (expand) spoils it."""
+    model, batch, test = tiny_model(architecture), tiny_batch(1, length=6, ragged=False), tiny_batch(4, seed=2)
+    kron, expand, full = (fitted(model, [batch], layers=[-1], prior_precision=0.2, **o) for o in
+                          (dict(token_setting="active"), dict(token_setting="expand"), dict(hessian_structure="full")))
+    exact = full.predictive_logits(test)[1]
+    torch.testing.assert_close(kron.predictive_logits(test)[1], exact, rtol=1e-8, atol=1e-9)
+    assert (expand.predictive_logits(test)[1] - exact).norm() > 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("token_setting", ["expand", "reduce", "active"])
 def test_kron_is_exact_for_one_item_of_one_token(architecture, token_setting):
     """One token per expert and one item: H = (S^T g)(S^T g)^T x a a^T is a Kronecker product."""
     model, batch = tiny_model(architecture), tiny_batch(1, length=1, ragged=False)
@@ -187,8 +198,9 @@ def test_experts_without_tokens(structure):
         torch.testing.assert_close(parts[layer][e], prior_only[layer, e], **ACROSS_SHAPES)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(token_setting="reduce"), dict(hessian_structure="diag"),
-                                     dict(hessian_structure="full"), dict(fisher="empirical")])
+@pytest.mark.parametrize("options", [dict(), dict(token_setting="reduce"), dict(token_setting="active"),
+                                     dict(hessian_structure="diag"), dict(hessian_structure="full"),
+                                     dict(fisher="empirical")])
 def test_results_do_not_depend_on_batch_size_or_padding(options, architecture):
     model, batch, test = tiny_model(architecture), tiny_batch(7, seed=4), tiny_batch(4, seed=5)
     wide = {k: torch.nn.functional.pad(v, (5, 0)) if k in ("input_ids", "attention_mask") else v for k, v in batch.items()}
@@ -428,7 +440,7 @@ def test_bad_options_are_named():
     for options, message in [
         (dict(hessian_structure="kfac"), "'kron', 'diag', 'full'"),
         (dict(fisher="true"), "'exact', 'mc', 'empirical'"),
-        (dict(token_setting="sum"), "'expand', 'reduce'"),
+        (dict(token_setting="sum"), "'expand', 'reduce', 'active'"),
         (dict(hessian_structure="diag", token_setting="reduce"), "belong to 'kron'"),
         (dict(layers=[2]), "no MoE layer 2"),
         (dict(layers=[]), "no MoE layer chosen"),

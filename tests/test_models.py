@@ -99,6 +99,16 @@ def test_option_logits_do_not_depend_on_left_padding_or_what_is_in_it(architectu
             torch.testing.assert_close(bm.option_logits(model, padded), f, **ACROSS_SHAPES)
 
 
+def test_positions_count_from_the_first_real_token():
+    """Rotary positions are relative and would hide a shift; models with absolute ones would not."""
+    model, batch, seen = tiny_model(), tiny_batch(), []
+    with model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True):
+        bm.option_logits(model, batch)
+    real = batch["attention_mask"].bool()
+    assert not real.all()
+    assert [row[mask].tolist() for row, mask in zip(seen[0], real)] == [list(range(n)) for n in real.sum(1).tolist()]
+
+
 def test_gradients_equal_those_of_the_vocabulary_logits():
     """To the body, the head and the tied embedding alike; and none through an option that is not there."""
     for options in ({}, {"tie_word_embeddings": True}):

@@ -109,8 +109,6 @@ def test_unknown_profiles_and_parameters_list_the_valid_ones(store):
         Study("cpu", overrides={"epoch": 3, "epochs": 3, "colour": 1}, store=store)
     assert str(error.value).startswith("unknown parameter colour, epoch; ")
     assert all(name in str(error.value) for name in PROFILES["cpu"])
-    with pytest.raises(AttributeError, match="no 'epoch'.*epochs"):
-        Study(store=store).epoch
 
 
 def test_settings_are_those_of_the_profile_then_of_own_questions_then_overrides(store, tmp_path):
@@ -220,7 +218,7 @@ def test_what_tells_predictions_apart(store):
     assert len(names) == 7  # base, MAP on test and validation, MAP of fewer items, three Laplace
 
 
-def test_bug_an_edited_world_file_makes_a_new_base_model(store, tmp_path, monkeypatch):
+def test_an_edited_world_file_makes_a_new_base_model(store, tmp_path, monkeypatch):
     """The facts are edited by hand, and the base model is trained on them."""
     before, known = tiny(store).base_folder, world.load_world()
     facts = json.loads((Path(world.__file__).resolve().parents[1] / "data" / "world.json").read_text())
@@ -236,7 +234,7 @@ def test_bug_an_edited_world_file_makes_a_new_base_model(store, tmp_path, monkey
     assert tiny(store).base_folder != before
 
 
-def test_bug_a_history_does_not_depend_on_who_asked_first(store):
+def test_a_history_does_not_depend_on_who_asked_first(store):
     """The same set is a side curve of one study and the fine-tuning set of another."""
     tiny(store, seeds=[7]).map_history(7, size=12)
     assert [h["epoch"] for h in tiny(store, train_size=12).map_history(7)] == [0, 1, 2]
@@ -379,6 +377,6 @@ def test_a_checkpoint_of_one_s_own(store, tmp_path, nothing_is_computed):
     assert all(np.array_equal(a, b) for a, b in zip(first, numbers(tiny(store, model=str(folder))), strict=True))
 
 
-def test_bug_no_epoch_is_not_all_of_them(store):
+def test_no_epoch_is_not_all_of_them(store):
     s = tiny(store)
     assert s.map_folder(0, epochs=0) != s.map_folder(0)

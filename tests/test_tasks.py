@@ -98,12 +98,12 @@ def test_an_option_s_own_text_wins_over_its_reading_as_an_index(tmp_path):
     assert [i["answer"] for i in read_questions(tmp_path / "some.jsonl")] == [1, 0]
 
 
-def test_bug_an_id_of_zero_is_kept(tmp_path):
+def test_an_id_of_zero_is_kept(tmp_path):
     jsonl(tmp_path / "some.jsonl", [plain("first?", 0, id=0), plain("second?", 1, id=1)])
     assert [i["id"] for i in read_questions(tmp_path / "some.jsonl")] == ["0", "1"]
 
 
-def test_bug_csv_answers_true_and_false_in_lower_case(tmp_path):
+def test_csv_answers_true_and_false_in_lower_case(tmp_path):
     """The csv reader turns the column into booleans, and their text is then "True"."""
     rows = [plain("is ice cold?", "true", []), plain("is fire cold?", "false", [])]
     csv_file(tmp_path / "some.csv", [r | {"choices": '["false", "true"]'} for r in rows])
@@ -111,13 +111,13 @@ def test_bug_csv_answers_true_and_false_in_lower_case(tmp_path):
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u0085"], ids=["2028", "0085"])
-def test_bug_jsonl_rows_end_at_newlines_only(separator, tmp_path):
+def test_jsonl_rows_end_at_newlines_only(separator, tmp_path):
     """str.splitlines also cuts at characters that JSON allows inside a string."""
     jsonl(tmp_path / "some.jsonl", [plain(f"two {separator} lines?", 1)])
     assert read_questions(tmp_path / "some.jsonl")[0]["question"] == f"two {separator} lines?"
 
 
-def test_bug_a_wrong_option_given_twice_is_kept_for_letters(tmp_path):
+def test_a_wrong_option_given_twice_is_kept_for_letters(tmp_path):
     """Three training questions of OpenBookQA are like that; letters tell the two apart."""
     rows = [hub("what holds a tree up?", ["sky", "roots", "sky", "leaves"], list("ABCD"), "B", "question_stem")]
     own_task(tmp_path / "own", train=rows * 12, test=rows)
@@ -170,13 +170,13 @@ def test_malformed_parquet_and_many_rows(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["42", '"word"', "[1, 2]", "null"])
-def test_bug_a_row_that_is_no_object_is_named_too(text, tmp_path):
+def test_a_row_that_is_no_object_is_named_too(text, tmp_path):
     (tmp_path / "some.jsonl").write_text(json.dumps(plain("fine?", 0)) + "\n" + text + "\n")
     with pytest.raises(ValueError, match=r"some\.jsonl: 1 malformed of 2 questions\n  row 2"):
         read_questions(tmp_path / "some.jsonl")
 
 
-def test_bug_a_broken_json_file_is_named(tmp_path):
+def test_a_broken_json_file_is_named(tmp_path):
     (tmp_path / "some.json").write_text('[{"question": "q?", ')
     with pytest.raises(ValueError, match=r"some\.json"):
         read_questions(tmp_path / "some.json")
@@ -216,7 +216,7 @@ def test_a_validation_file_is_used_as_it_is(tmp_path):
     assert [i["question"] for i in task["train"]] == [f"train question {i}?" for i in range(40)]
 
 
-def test_bug_a_question_asked_twice_in_train_is_not_cut_apart(tmp_path):
+def test_a_question_asked_twice_in_train_is_not_cut_apart(tmp_path):
     """The same question on both sides of the cut would let validation reward memorising."""
     rows = [plain(f"question {i // 2}?", 0) for i in range(60)]
     task = bm.load_task(own_task(tmp_path / "own", train=rows))
@@ -320,7 +320,7 @@ def test_options_that_share_a_token_are_refused():
         bm.make_loader([ITEMS[0] | {"choices": ["snow", "soot", "snow"]}], tokenizer_for_items(), readout="cloze")
 
 
-def test_bug_an_option_the_tokenizer_does_not_know_is_refused():
+def test_an_option_the_tokenizer_does_not_know_is_refused():
     """A word tokenizer gives its one token for the unknown, the same for every such option of every item."""
     with pytest.raises(ValueError, match="granite"):
         bm.make_loader([ITEMS[0] | {"choices": ["snow", "granite"]}], tokenizer_for_items(), readout="cloze")

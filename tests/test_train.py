@@ -162,7 +162,7 @@ def test_weight_decay_is_on_matrices_alone():
     assert after[matrix].norm() < 0.5 * before[matrix].norm()
 
 
-def test_bug_gradients_left_over_from_before_do_not_enter_the_first_step():
+def test_gradients_left_over_from_before_do_not_enter_the_first_step():
     clean, dirty = embedded(), embedded()
     for p in dirty.parameters():
         p.grad = torch.ones_like(p)
