@@ -236,17 +236,20 @@ class DiagSum:
 
 @dataclass
 class DenseRows:
-    """The rows ``sum_c v_{k,c} J_{n,c}`` of the exact GGN of every expert, ``[.., P]``; for small models only."""
+    """The rows ``sum_c v_{k,c} J_{n,c}`` of the exact GGN of every expert, ``[.., P]``; for small models only.
+
+    ``none [0, P]``: what an expert without rows has.
+    """
 
     rows: list[list[Tensor]]
+    none: Tensor
 
     def update(self, a: Tensor, g: Tensor, expert: Tensor, item: Tensor, counts: Tensor, num_items: int) -> None:
         for e, _, J in item_jacobians(a, g, item, counts):
             self.rows[e].append(J.flatten(2).flatten(0, 1))
 
     def finish(self) -> DenseBlocks:
-        width = next((r.shape[1] for rows in self.rows for r in rows), 0)
-        blocks = [dense_block(torch.cat(rows) if rows else torch.zeros(0, width)) for rows in self.rows]
+        blocks = [dense_block(torch.cat([self.none, *rows])) for rows in self.rows]
         return DenseBlocks([v for v, _ in blocks], [u for _, u in blocks])
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from . import curvature, prior
 from .artefacts import model_fingerprint
-from .files import replace_folder
 from .capture import capturing, down_weight, expert_layers, recording, select_layers
+from .files import replace_folder
 from .models import option_logits, to_device
 from .progress import track
 
@@ -97,6 +97,7 @@ class ExpertLaplace:
         self.shapes = shapes
         self.num_experts = torch.tensor([s[0] for s in shapes])
         self.prior_precision = prior_precision
+        self._prior_mean = prior_mean
         self._distance = self._squared_distance(prior_mean)
         self.posteriors: list[curvature.Eigenbasis | curvature.DenseBlocks] | None = None
         self.log_likelihood: float | None = None
@@ -160,7 +161,7 @@ class ExpertLaplace:
             case "diag":
                 return curvature.DiagSum(zeros(E, d, f))
             case "full":
-                return curvature.DenseRows([[] for _ in range(E)])
+                return curvature.DenseRows([[] for _ in range(E)], zeros(0, d * f))
 
     def captured(self, batch: Mapping[str, Tensor], columns=None) -> tuple[Tensor, list]:
         """One forward and one backward per cotangent, inside ``capture.capturing(model)``.
@@ -215,6 +216,7 @@ class ExpertLaplace:
         if not items:
             raise ValueError("the loader gave no batch: there is nothing to fit on (a generator can be used only once)")
         self.posteriors = [s.finish() for s in sums]
+        self._distance = self._squared_distance(self._prior_mean)  # of the weights as they are now
         self.tokens_per_expert, self.num_items = tokens, items
         self.log_likelihood = log_likelihood if labelled else None
         return self
@@ -356,6 +358,8 @@ class ExpertLaplace:
         """Probabilities ``[B, C]`` of the options: ``mc`` (softmax averaged over logit samples), ``probit`` (closed form)
         or ``map`` (the model's own, no posterior)."""
         _check(link_approx=link_approx)
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} must be at least 1")
         return self._link(*self.predictive_logits(batch), link_approx, num_samples)
 
     # ---- files ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from .metrics import to_numpy
 
@@ -270,7 +270,7 @@ def approximation_error(table, ax, *, by="method", error="error", xlabel="Relati
     """
     groups = list(dict.fromkeys(table[by]))
     for row, group in enumerate(groups):
-        look = METHODS.get(group, Style(str(group), METHODS["laplace_kron"].colour, "o"))
+        look = METHODS.get(group, Style(str(group), "#8c8c8c", "X"))  # grey: no method of the study
         errors = np.maximum(_numbers(table.loc[table[by] == group, error]), 1e-16)
         errors = errors[np.isfinite(errors)]
         if not len(errors):
@@ -408,5 +408,8 @@ def optima(values, ax, *, layer_values=None, global_value=None, ylabel="Optimal 
     if global_value is not None:
         ax.axhline(float(global_value), color=NOTE, linestyle="--", zorder=1.4, label="All layers")
     ax.set(yscale="log", xlabel="MoE layer", ylabel=ylabel, xlim=(-0.6, n_layers - 0.4))
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # often less than a decade: plain numbers, not powers
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
     ax.set_xticks(range(n_layers))
     return legend_outside(ax)

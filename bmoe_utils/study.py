@@ -292,8 +292,8 @@ class Study:
 
     def laplace_predictions(self, seed: int, split: str = "test", *, link_approx: str = "mc", **which) -> Predictions:
         """Predictions of :meth:`tuned_laplace` with its options."""
-        config = {"map": self.map_folder(seed).name, "prior_mean": self.prior_mean, "link": link_approx,
-                  "samples": self.mc_samples}
+        config = {"map": self.map_folder(seed).name, "prior_mean": self.prior_mean, "tune": "marglik", "granularity": "layer",
+                  "link": link_approx, "samples": self.mc_samples}
 
         def predictor() -> Callable:
             la = self.tuned_laplace(seed, **which)

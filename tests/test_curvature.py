@@ -97,7 +97,7 @@ def accumulate(kind, **extra):
     zeros = lambda *size: torch.zeros(*size, dtype=torch.float64)
     sums = {"kron": lambda: curvature.KronSums(zeros(E, f, f), zeros(E, d, d), torch.zeros(E, dtype=torch.long), **extra),
             "diag": lambda: curvature.DiagSum(zeros(E, d, f)),
-            "full": lambda: curvature.DenseRows([[] for _ in range(E)])}[kind]()
+            "full": lambda: curvature.DenseRows([[] for _ in range(E)], zeros(0, d * f))}[kind]()
     for seed in (1, 2):
         s = slots(seed=seed)
         sums.update(s["a"], s["g"], s["expert"], s["item"], s["counts"], 6)

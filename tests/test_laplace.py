@@ -451,6 +451,8 @@ def test_bad_options_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             bm.ExpertLaplace(model, **options)
+    with pytest.raises(ValueError, match="num_samples=0"):
+        bm.ExpertLaplace(model)(tiny_batch(), num_samples=0)
     with pytest.raises(RuntimeError, match="fit"):
         bm.ExpertLaplace(model)(tiny_batch())
     with pytest.raises(ValueError, match="no batch"):

