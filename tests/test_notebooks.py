@@ -56,6 +56,15 @@ def test_declares_the_four_parameters_with_smoke_values(nb):
     assert next(cell for cell in nb.cells if cell.cell_type == "code") is tagged[0], "nothing runs before the parameters"
 
 
+def test_formulas_are_whole(nb):
+    """A lone dollar sign means a formula that lost its beginning."""
+    for index, cell in enumerate(nb.cells):
+        if cell.cell_type == "markdown":
+            prose = re.sub(r"`[^`]*`", "", cell.source)
+            assert prose.count("$") % 2 == 0, f"cell {index + 1}"
+            assert all(part.strip() for part in prose.replace("$$", "$").split("$")[1::2]), f"cell {index + 1}: an empty formula"
+
+
 def test_outputs_are_stripped_but_for_the_checked_ones(nb):
     for index, cell in enumerate(nb.cells):
         if cell.cell_type == "code":
