@@ -147,7 +147,7 @@ def predict(predictor: torch.nn.Module | Callable, loader: Iterable[Mapping], *,
         run = _predict_with_callable
     else:
         raise TypeError(f"predictor must be a torch module or a callable, got {type(predictor).__name__}")
-    parts = list(run(predictor, track(loader, "predict", progress, unit="batch", leave=False)))
+    parts = list(run(predictor, track(loader, "predict", progress, unit="batch")))
     if not parts:
         raise ValueError("the loader is empty")
     return Predictions.concat(parts)

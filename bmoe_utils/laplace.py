@@ -263,14 +263,14 @@ class ExpertLaplace:
         """Sets (and returns) the prior precision that is best under ``method``, one per ``granularity``.
 
         ``marglik``: gradient ascent on the evidence in ``log lambda``, started from the best point of a grid; needs no
-        data. ``val_nll``: the grid point of least NLL on ``val_loader``, by coordinate descent from the best global
+        data. An expert that the fitting set never reached takes its layer's optimum. ``val_nll``: the grid point of least NLL on ``val_loader``, by coordinate descent from the best global
         one when there are several; one pass over the data. Warns where the optimum is the grid's end.
         """
         _check(method=method, granularity=granularity, link_approx=link_approx)
         L, E = self._distance.shape
         group = prior.groups(granularity, L, E)
         if method == "marglik":
-            best = prior.maximise_evidence(self._penalty, group, self.prior_precision_by_expert())
+            best = self._best_by_evidence(group, self.prior_precision_by_expert())
         else:
             if val_loader is None:
                 raise ValueError("method='val_nll' needs val_loader, a loader over held-out labelled items")
@@ -283,6 +283,22 @@ class ExpertLaplace:
                           "prior mean, for instance, make the evidence grow with the precision for ever)", stacklevel=2)
         self.prior_precision = best.view({"global": (), "layer": (L,), "expert": (L, E)}[granularity])
         return self.prior_precision
+
+    def _best_by_evidence(self, group: Tensor, current: Tensor) -> Tensor:
+        """The precision of largest evidence of every group. Where the data give no curvature at all, the evidence would only
+        shrink ``lambda ||W||^2``, to no prior: such an expert takes its layer's optimum, such a layer keeps ``current``."""
+        reached = torch.zeros(group.shape, dtype=torch.bool)
+        for layer, posterior in enumerate(self._fitted()):
+            for e in range(int(self.num_experts[layer])):
+                reached[layer, e] = bool((posterior.spectrum(e) > 0).any())
+        n = int(group.max()) + 1
+        informed = torch.zeros(n, dtype=torch.long).index_add(0, group.flatten(), reached.flatten().long()) > 0
+        best = prior.maximise_evidence(self._penalty, group, current)
+        if informed.all():
+            return best
+        by_layer = prior.groups("layer", *group.shape)
+        fallback = current if torch.equal(group, by_layer) else self._best_by_evidence(by_layer, current)[by_layer]
+        return torch.where(informed, best, torch.zeros(n, dtype=torch.float64).scatter(0, group.flatten(), fallback.flatten()))
 
     def validation_curve(self, loader: Iterable, *, link_approx: str = "mc", progress: bool = True) -> tuple[Tensor, Tensor]:
         """A global prior precision's grid ``[P]`` and the NLL on ``loader`` (nats per item) at each of its points ``[P]``."""

@@ -10,6 +10,11 @@ from tqdm import tqdm  # plain: tqdm.auto's widget stalls headless under papermi
 
 
 def track(iterable: Iterable, title: str, enabled: bool = True, **kwargs) -> Iterable:
-    """``tqdm`` that updates live where somebody watches (a terminal, JupyterLab), and twice a minute in a batch run."""
-    watched = sys.stderr.isatty() or ("ipykernel" in sys.modules and not os.environ.get("BMOE_BATCH"))
-    return tqdm(iterable, desc=title, disable=not enabled, mininterval=0.5 if watched else 30, **kwargs)
+    """``tqdm`` that updates live where somebody watches (a terminal, JupyterLab), and twice a minute in a batch run.
+
+    It clears itself when done; in a notebook it writes to stdout, where it is not taken for an error.
+    """
+    kernel = "ipykernel" in sys.modules
+    watched = sys.stderr.isatty() or (kernel and not os.environ.get("BMOE_BATCH"))
+    options = {"leave": False, "mininterval": 0.5 if watched else 30, "file": sys.stdout if kernel else sys.stderr}
+    return tqdm(iterable, desc=title, disable=not enabled, **(options | kwargs))

@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from . import models, train
 from .artefacts import Store, atomic_write, fingerprint
@@ -105,6 +106,7 @@ class Study:
             # Matrices this small gain little from threads, lose a lot where cores are shared, and in one thread give the
             # same numbers on any number of cores.
             torch.set_num_threads(1)
+            disable_progress_bar()  # transformers': a small checkpoint is read dozens of times
 
     @property
     def embedded(self) -> bool:

@@ -268,6 +268,17 @@ def test_pretrained_prior_mean():
         bm.ExpertLaplace(model, prior_mean=tiny_model(moe_intermediate_size=5))
 
 
+def test_an_expert_never_reached_takes_its_layers_precision():
+    """Its own evidence is -1/2 lambda ||W||^2: it would choose no prior at all."""
+    la = fitted(tiny_model(), [tiny_batch(1, length=1, ragged=False)])
+    per_layer = la.optimize_prior_precision(granularity="layer")
+    per_expert = la.optimize_prior_precision(granularity="expert")
+    idle = la.tokens_per_expert == 0
+    assert idle.any() and not idle.all(1).any()
+    assert torch.equal(per_expert[idle], per_layer[:, None].expand(2, 4)[idle])
+    assert not torch.isclose(per_expert[~idle], per_layer[:, None].expand(2, 4)[~idle]).any()
+
+
 def test_weights_at_their_prior_mean_have_no_best_precision_and_it_says_so():
     model, batch = tiny_model(), tiny_batch(8)
     with pytest.warns(UserWarning, match="end of the range"):
