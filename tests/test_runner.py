@@ -155,7 +155,9 @@ Store().folder("model", {}, build)""")
     code = "import sys; from bmoe_utils import runner; from bmoe_utils.__main__ import main; " \
            f"runner.profiles = lambda: {PROFILES!r}; runner.HEARTBEAT_S = 0.2; sys.exit(main(['reproduce', '--profile', 'smoke', '--no-html']))"
     command = [sys.executable, "-c", code]
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # a background job inherits "ignore Ctrl-C", and Python would then never be interrupted
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     limit = time.monotonic() + 60
     while not (project / "started").exists() and time.monotonic() < limit:
         time.sleep(0.1)

@@ -92,3 +92,16 @@ def test_ci_runs_the_tests(root):
     script = root / ".ci" / "run"
     assert script.stat().st_mode & 0o111 and "make test" in script.read_text()
     assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+# ---- what a visitor sees --------------------------------------------------------------------------------------------
+def test_the_readme_shows_the_committed_run(root):
+    """Its table is the run's own, every figure it names is there, and every committed figure is shown."""
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    header, *rows = [line.split(",") for line in (root / "figures" / "04_table.csv").read_text(encoding="utf-8").splitlines()]
+    for cells in [header, *rows]:
+        assert "| " + " | ".join(cells) + " |" in readme
+    shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", readme)
+    assert sorted(shown) == sorted(f"figures/{path.name}" for path in (root / "figures").glob("*.png")) and shown
+    for target in re.findall(r"(?<!!)\[[^\]]+\]\(([^)#:]+)\)", readme):
+        assert (root / target).exists(), target

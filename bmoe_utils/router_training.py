@@ -1,0 +1,325 @@
+"""Fitting the Bayesian routers on a task's answers: one loop, and what each method makes of it.
+
+    loss = mean_items -log p(y | x) + beta * sum_layers mean_tokens divergence(u)        (arXiv 2603.09453; real tokens only)
+
+with one sample a pass. MC dropout, SWAG and ensembles have no divergence; the Laplace router is fitted by one pass of
+curvature; deterministic and fixed-temperature routers have nothing to fit. Only the routers' own parameters get gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+
+from . import curvature
+from .capture import capturing
+from .models import option_logits
+from .progress import track
+from .routers import Routers
+from .routing import SwagMoments
+from .train import answer_nll
+
+# What a method's fit takes besides the loop's options. `tail`: the share of the steps SWAG collects over; `member_noise`: where
+# ensemble members start, as a share of the router weight's root mean square; `prior_grid`: precisions tried on the validation set.
+METHOD_OPTIONS = {
+    "swag": {"tail": 0.5},
+    "ensemble": {"member_noise": 0.01},
+    "laplace": {"fisher": "exact", "token_setting": "expand", "rank": None, "prior_grid": tuple(10.0**k for k in range(-2, 7))},
+}
+
+
+def fit_routers(
+    routers: Routers,
+    train_loader: Iterable[Mapping[str, Tensor]],
+    val_loader: Iterable[Mapping[str, Tensor]] | None = None,
+    *,
+    beta: float = 0.01,
+    lr: float = 1e-4,
+    epochs: int = 3,
+    weight_decay: float = 0.0,
+    accumulation: int = 1,
+    patience: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **method_options,
+) -> list[dict]:
+    """Fits in place and returns the history: a dict an epoch (``member``, ``epoch``, ``nll``, ``divergence``, ``val_nll``, nats).
+
+    AdamW, cosine with 5% warm-up (constant after it for SWAG, whose tail must move), gradients of ``accumulation`` batches
+    per step. With ``val_loader`` the state of least validation NLL is kept, and ``patience`` epochs without a better one end
+    the run. Loaders must be re-iterable; batches come in an order drawn from ``seed``. A fit that fails puts the
+    previous state back. ``ValueError`` on bad options, no batch, or items without labels, before anything has changed.
+    """
+    routers._check_attached()
+    options = {**METHOD_OPTIONS.get(routers.method, {})}
+    if unknown := set(method_options) - set(options):
+        raise ValueError(f"fitting {routers.method!r} takes no option {sorted(unknown)[0]!r}; its own: {', '.join(options) or 'none'}")
+    options |= method_options
+    loop = {"beta": beta, "lr": lr, "epochs": epochs, "weight_decay": weight_decay, "accumulation": accumulation}
+    _check(loop | {"patience": patience} | options)
+    _check_loader("train_loader", train_loader)
+    if val_loader is not None:
+        _check_loader("val_loader", val_loader)
+    before = {k: v.detach().clone() for k, v in routers.families.state_dict().items()}
+    history: list[dict] = []
+    try:
+        with frozen(routers.model):
+            match routers.method:
+                case "deterministic" | "temperature":
+                    pass
+                case "laplace":
+                    history = _fit_laplace(routers, train_loader, val_loader, seed, progress, **options)
+                case _:
+                    members = routers.options["members"] if routers.method == "ensemble" else 1
+                    if routers.method == "ensemble":
+                        _spread_members(routers, options["member_noise"], seed)
+                    for member in range(members):
+                        routers.activate(member)
+                        history += _train(routers, train_loader, val_loader, **loop, patience=patience, seed=seed, member=member,
+                                          tail=options.get("tail"), progress=progress)
+    except BaseException:
+        _restore(routers, before)
+        raise
+    finally:
+        routers.activate(0)
+        routers.stream(0)
+        routers.eval()
+        for p in routers.parameters():
+            p.grad = None
+    routers.fitted = {**loop, **{k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}, "seed": seed, "history": history}
+    return history
+
+
+def _check(options: Mapping) -> None:
+    rules = {"beta": (lambda x: 0 <= x < math.inf, "at least 0"), "lr": (lambda x: 0 < x < math.inf, "positive"),
+             "epochs": (lambda x: isinstance(x, int) and x >= 1, "a whole number of at least 1"),
+             "accumulation": (lambda x: isinstance(x, int) and x >= 1, "a whole number of at least 1"),
+             "patience": (lambda x: x is None or x >= 1, "None or at least 1"),
+             "weight_decay": (lambda x: x >= 0, "at least 0"), "tail": (lambda x: 0 < x <= 1, "in (0, 1]"),
+             "member_noise": (lambda x: x >= 0, "at least 0"), "rank": (lambda x: x is None or x >= 1, "None or at least 1"),
+             "fisher": (lambda x: x in ("exact", "mc", "empirical"), "one of 'exact', 'mc', 'empirical'"),
+             "token_setting": (lambda x: x in ("expand", "active"), "one of 'expand', 'active'"),
+             "prior_grid": (lambda x: len(x) > 0 and min(x) > 0, "positive precisions")}
+    for name, value in options.items():
+        fine, rule = rules[name]
+        if not fine(value):
+            raise ValueError(f"{name}={value!r} must be {rule}")
+
+
+def _check_loader(name: str, loader: Iterable[Mapping[str, Tensor]]) -> None:
+    if iter(loader) is loader:
+        raise ValueError(f"{name} can be gone through only once; give a list of batches or a DataLoader")
+    empty = True
+    for number, batch in enumerate(loader):
+        empty = False
+        if (batch["labels"] < 0).any():
+            raise ValueError(f"{name}: batch {number} has items without a label")
+    if empty:
+        raise ValueError(f"{name} gave no batch: there is nothing to fit on")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model takes a gradient and every module is in eval mode; both as before on leaving."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    training = [m for m in model.modules() if m.training]
+    try:
+        for p in trainable:
+            p.requires_grad_(False)
+        model.eval()
+        with torch.enable_grad():
+            yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+        for m in training:
+            m.training = True
+
+
+def _restore(routers: Routers, state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        owner, _, leaf = name.rpartition(".")
+        module = routers.families.get_submodule(owner)
+        if isinstance(parameter := getattr(module, leaf), nn.Parameter):
+            parameter.data.copy_(tensor)
+        else:  # buffers may have grown
+            setattr(module, leaf, tensor)
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+def _train(routers: Routers, train_loader, val_loader, *, beta: float, lr: float, epochs: int, weight_decay: float, accumulation: int,
+           patience: int | None, seed: int, member: int, tail: float | None, progress: bool) -> list[dict]:
+    batches = list(train_loader)
+    generator = torch.Generator().manual_seed(seed * 1009 + member)
+    optimizer = torch.optim.AdamW(routers.parameters(), lr=lr, weight_decay=weight_decay)
+    per_epoch = math.ceil(len(batches) / accumulation)
+    steps = epochs * per_epoch
+    warm_up = round(0.05 * steps)
+    schedule = (get_cosine_schedule_with_warmup(optimizer, warm_up, steps) if tail is None
+                else get_constant_schedule_with_warmup(optimizer, warm_up))
+    collector = None if tail is None else _SwagCollector(routers, steps, tail)
+    keeps_best = val_loader is not None and collector is None  # SWAG is its whole trajectory, not one point of it
+    history, best, best_state, step = [], math.inf, None, 0
+    title = f"{routers.method} routers" + (f", member {member + 1}" if routers.method == "ensemble" else "")
+    for epoch in track(range(1, epochs + 1), f"{title} (epochs)", progress):
+        routers.train()
+        routers.stream(1 + epoch + 100_003 * (member + 101 * seed))  # not the noise of the predictions, nor the last epoch's
+        nll_sum = charge_sum = items = 0.0
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        for start in range(0, len(order), accumulation):
+            group = [batches[i] for i in order[start : start + accumulation]]
+            size = sum(len(b["labels"]) for b in group)
+            for batch in group:
+                nll = answer_nll(option_logits(routers.model, batch), batch["labels"])
+                charge = routers.divergence().to(nll)
+                loss = (nll + beta * charge) * (len(batch["labels"]) / size)  # a mean over the group's items
+                if not loss.isfinite():
+                    raise ValueError(f"{title}: the loss is {loss.item()} in epoch {epoch}; the previous state is back")
+                if loss.requires_grad:
+                    loss.backward()
+                nll_sum += float(nll.detach()) * len(batch["labels"])
+                charge_sum += float(charge.detach()) * len(batch["labels"])
+                items += len(batch["labels"])
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            step += 1
+            if collector is not None:
+                collector.after(step)
+        row = {"member": member, "epoch": epoch, "nll": nll_sum / items, "divergence": charge_sum / items, "val_nll": None}
+        if keeps_best:
+            row["val_nll"] = validation_nll(routers, val_loader, member)
+            if row["val_nll"] < best:
+                best, best_epoch = row["val_nll"], epoch
+                best_state = {k: v.detach().clone() for k, v in routers.families.state_dict().items()}
+        history.append(row)
+        if keeps_best and patience is not None and epoch - best_epoch >= patience:
+            break
+    if best_state is not None:
+        _restore(routers, best_state)
+    if collector is not None:
+        collector.finish()
+        if val_loader is not None:
+            history[-1]["val_nll"] = validation_nll(routers, val_loader)
+    return history
+
+
+def validation_nll(routers: Routers, loader: Iterable[Mapping[str, Tensor]], member: int | None = None) -> float:
+    """Mean NLL of the answers as these routers would give them (nats per item); of one ``member``, for an ensemble."""
+    routers.eval()
+    alone = member is not None and routers.method == "ensemble"
+    total, items, inference, active = 0.0, 0, routers.inference, getattr(routers.families[0], "active", 0)
+    routers.stream(0)
+    try:
+        if alone:  # a pass of one sample is the active member's
+            routers.inference = "whole-model"
+            routers.activate(member)
+        with torch.no_grad():
+            for batch in loader:
+                p = option_logits(routers.model, batch).softmax(-1) if alone else routers(batch)
+                picked = p.double().gather(1, batch["labels"].to(p.device)[:, None])
+                total -= float(picked.clamp(min=1e-300).log().sum())
+                items += len(batch["labels"])
+    finally:
+        routers.inference = inference
+        routers.activate(active)
+    return total / items
+
+
+# ---- what single methods need ---------------------------------------------------------------------------------------
+class _SwagCollector:
+    """Takes the weights along the tail of the steps, about twice as often as deviations are kept, and leaves their moments."""
+
+    def __init__(self, routers: Routers, steps: int, tail: float):
+        self.families = routers.families
+        self.first = steps - max(2, round(tail * steps))
+        self.every = max(1, (steps - self.first) // (2 * routers.options["rank"]))
+        self.moments = [SwagMoments.like(f.delta.detach(), routers.options["rank"]) for f in self.families]
+
+    def after(self, step: int) -> None:
+        if step > self.first and (step - self.first) % self.every == 0:
+            for family, moments in zip(self.families, self.moments, strict=True):
+                moments.update(family.delta.detach().clone())
+
+    def finish(self) -> None:
+        for family, moments in zip(self.families, self.moments, strict=True):
+            family.mean, family.variance, family.low_rank = moments.mean, moments.variance, moments.matrix()
+
+
+def _spread_members(routers: Routers, noise: float, seed: int) -> None:
+    """Members start at different points around the model's router."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for family in routers.families:
+            spread = noise * family.weight.square().mean().sqrt()
+            for member in family.members:
+                member.copy_(spread * torch.randn(member.shape, generator=generator, dtype=member.dtype).to(spread.device))
+
+
+def router_gradients(routers: Routers, batch: Mapping[str, Tensor], columns) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Class logits ``f [B, C]``, and per attached layer the router inputs ``u [n, d]`` of the real tokens with ``g [K, n, E] =
+    d <v_k, f> / d l``, ``v = columns(f) [K, B, C]``. Only inside :func:`capture.capturing`, with deterministic routing."""
+    routers.tape = []
+    try:
+        f = option_logits(routers.model, batch)
+        captured = sorted(routers.tape, key=lambda x: x[0])
+        if [layer for layer, *_ in captured] != list(range(len(routers.layers))):
+            raise RuntimeError("a router did not run exactly once in this forward pass; its gradient cannot be taken")
+        logits = [l for *_, l in captured]
+        v = columns(f.detach())
+        grads = [torch.autograd.grad(f, logits, v_k, retain_graph=k + 1 < len(v), materialize_grads=True) for k, v_k in enumerate(v)]
+    finally:
+        routers.tape = None
+    real = batch["attention_mask"].bool().flatten()
+    rows = [real.to(l.device) for l in logits]
+    return f.detach(), [(u[r], torch.stack([g[i][r] for g in grads])) for i, ((_, u, _), r) in enumerate(zip(captured, rows, strict=True))]
+
+
+def _fit_laplace(routers: Routers, train_loader, val_loader, seed: int, progress: bool, *, fisher: str, token_setting: str,
+                 rank: int | None, prior_grid: tuple[float, ...]) -> list[dict]:
+    """Kronecker factors ``A = sum u u^T``, ``G = sum_k g g^T`` of every router from the *task*'s likelihood, ``H ~ G (x) A / n``.
+
+    ``expand``: every real token is a sample; ``active``: those with a gradient (the last layer's others have none, yet under
+    ``expand`` count in A and n). The prior precision is the one of ``prior_grid`` with least validation NLL, if there is a
+    validation set, else as it was.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sums = [[torch.zeros(f.width, f.width).to(f.alpha), torch.zeros_like(f.basis_g), 0] for f in routers.families]
+    routers.eval()
+    with capturing(routers.model):
+        for number, batch in enumerate(track(train_loader, "Laplace routers: curvature", progress)):
+            columns = lambda f: curvature.fisher_columns(f, fisher, batch["labels"].to(f.device), generator)  # noqa: E731, B023
+            _, captured = router_gradients(routers, batch, columns)
+            for layer, (u, g) in enumerate(captured):
+                if not (u.isfinite().all() and g.isfinite().all()):
+                    raise ValueError(f"batch {number}, router {routers.layers[layer]!r}: a non-finite input or gradient")
+                if token_setting == "active":
+                    active = (g != 0).any(2).any(0)
+                    u, g = u[active], g[:, active]
+                g = g.flatten(0, 1)
+                sums[layer][0] += u.mT @ u
+                sums[layer][1] += g.mT @ g
+                sums[layer][2] += len(u)
+    for family, (A, G, n) in zip(routers.families, sums, strict=True):
+        (alpha, basis_a), (gamma, basis_g) = torch.linalg.eigh(A), torch.linalg.eigh(G)
+        if rank is not None:
+            alpha, basis_a = alpha[-rank:], basis_a[:, -rank:]
+        family.alpha, family.basis_a = alpha.clamp(min=0), basis_a.contiguous()
+        family.gamma, family.basis_g = gamma.clamp(min=0), basis_g
+        family.count = torch.full_like(family.count, max(n, 1))
+    if val_loader is None:
+        return []
+    history = []
+    for precision in prior_grid:
+        for family in routers.families:
+            family.precision = torch.full_like(family.precision, precision)
+        history.append({"prior_precision": precision, "val_nll": validation_nll(routers, val_loader)})
+    best = min(history, key=lambda row: row["val_nll"])["prior_precision"]
+    for family in routers.families:
+        family.precision = torch.full_like(family.precision, best)
+    return history
