@@ -178,26 +178,36 @@ def down_weight(module: nn.Module) -> Tensor:
 
 
 @contextmanager
-def capturing(model: nn.Module) -> Iterator[None]:
-    """Puts the model in the state in which ``recording`` works, and puts everything back on leaving, whatever happens:
-    the experts' implementation, every parameter's ``requires_grad`` and every module's train/eval flag."""
-    inner = unwrap(model)
-    implementation = inner.get_experts_implementation()
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model takes a gradient and every module is in eval mode, with gradients on; on leaving, whatever
+    happens, every ``requires_grad`` and every train/eval flag is as before."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     training = [m for m in model.modules() if m.training]
     try:
-        inner.set_experts_implementation(IMPLEMENTATION)
         for p in trainable:
             p.requires_grad_(False)
         model.eval()
         with torch.enable_grad():
             yield
     finally:
-        inner.set_experts_implementation(implementation)
         for p in trainable:
             p.requires_grad_(True)
         for m in training:
             m.training = True
+
+
+@contextmanager
+def capturing(model: nn.Module) -> Iterator[None]:
+    """Puts the model, :func:`frozen`, in the state in which ``recording`` works, and its experts' implementation back on
+    leaving, whatever happens."""
+    inner = unwrap(model)
+    implementation = inner.get_experts_implementation()
+    with frozen(model):
+        try:
+            inner.set_experts_implementation(IMPLEMENTATION)
+            yield
+        finally:
+            inner.set_experts_implementation(implementation)
 
 
 @contextmanager

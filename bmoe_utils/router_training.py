@@ -9,15 +9,14 @@ curvature; deterministic and fixed-temperature routers have nothing to fit. Only
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from . import curvature
-from .capture import capturing
+from .capture import capturing, frozen
 from .models import option_logits
 from .progress import track
 from .routers import Routers
@@ -121,24 +120,6 @@ def _check_loader(name: str, loader: Iterable[Mapping[str, Tensor]]) -> None:
             raise ValueError(f"{name}: batch {number} has items without a label")
     if empty:
         raise ValueError(f"{name} gave no batch: there is nothing to fit on")
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of the model takes a gradient and every module is in eval mode; both as before on leaving."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    training = [m for m in model.modules() if m.training]
-    try:
-        for p in trainable:
-            p.requires_grad_(False)
-        model.eval()
-        with torch.enable_grad():
-            yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
-        for m in training:
-            m.training = True
 
 
 def _restore(routers: Routers, state: Mapping[str, Tensor]) -> None:
