@@ -1,4 +1,5 @@
-"""The reference every approximation is held against: the dense GGN posterior over all experts of all layers at once."""
+"""The references every approximation is held against: the dense GGN posterior over all experts of all layers at once, and
+the prior alone."""
 
 from __future__ import annotations
 
@@ -42,18 +43,33 @@ def joint_predictive(
         for batch in track(fit_loader, "dense posterior: rows", progress):
             f, captured = la.captured(batch, lambda f: softmax_hessian_root(f).permute(2, 0, 1))
             rows.append(_rows(captured, scale, len(f)).flatten(0, 1))
-        rows = torch.cat(rows) if rows else None  # nothing to fit on: the prior's own predictive
-        if rows is not None:
-            rows = rows[(rows != 0).any(1)]  # those of missing options are zero
-            kernel = (rows @ rows.mT).double()
-            kernel.diagonal().add_(1)
-            root = torch.linalg.cholesky(kernel)
+        rows = torch.cat(rows)
+        rows = rows[(rows != 0).any(1)]  # those of missing options are zero
+        kernel = (rows @ rows.mT).double()
+        kernel.diagonal().add_(1)
+        root = torch.linalg.cholesky(kernel)
         for batch in track(loader, "dense posterior: predictions", progress):
             f, captured = la.captured(batch)
             J = _rows(captured, scale, len(f))
-            cov = (J @ J.mT).double()
-            if rows is not None:
-                inside = (J.flatten(0, 1) @ rows.mT).double()
-                inside = torch.linalg.solve_triangular(root, inside.mT, upper=False).mT.view(*f.shape, -1)
-                cov -= inside @ inside.mT
+            inside = (J.flatten(0, 1) @ rows.mT).double()
+            inside = torch.linalg.solve_triangular(root, inside.mT, upper=False).mT.view(*f.shape, -1)
+            yield f, ((J @ J.mT).double() - inside @ inside.mT).to(f.dtype)
+
+
+def prior_predictive(
+    la: ExpertLaplace, loader: Iterable[Mapping[str, Tensor]], *, progress: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The linearised predictive of the prior alone, ``Cov = J Lambda^-1 J^T``: what a posterior without curvature would say.
+
+    Any size of model: the Jacobians are formed expert by expert. Yields mean ``[B, C]`` and covariance ``[B, C, C]``.
+    """
+    precision = la.prior_precision_by_expert()
+    with capturing(la.model):
+        for batch in track(loader, "prior: predictions", progress):
+            f, captured = la.captured(batch)
+            cov = f.new_zeros(*f.shape, f.shape[1], dtype=torch.float64)
+            for (slots, g), by_expert in zip(captured, precision, strict=True):
+                for e, items, J in item_jacobians(slots.a, g, slots.item, slots.counts):
+                    J = J.flatten(2)
+                    cov[items.to(cov.device)] += ((J @ J.mT).double() / by_expert[e].item()).to(cov.device)
             yield f, cov.to(f.dtype)

@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from . import models, train
 from .artefacts import Store, atomic_write, fingerprint
 from .evaluate import Predictions, predict
-from .exact import joint_predictive
+from .exact import joint_predictive, prior_predictive
 from .laplace import ExpertLaplace
 from .metrics import fit_temperature, softmax
 from .tasks import Split, draw, learning_texts, load_task, make_loader
@@ -117,7 +117,8 @@ class Study:
     @cached_property
     def task(self) -> dict[str, Split]:
         """The task's splits; ``test_size`` keeps the first so many of every split that is only evaluated on."""
-        splits = load_task(self.task_name, readout=self.readout)
+        # letters are what the papers use on large models, whose tokenizers cut many an option's word into pieces
+        splits = load_task(self.task_name, readout=self.readout or (None if self.embedded else "letters"))
         return {k: v if k in ("train", "validation") else v.subset(self.test_size) for k, v in splits.items()}
 
     @cached_property
@@ -319,7 +320,8 @@ class Study:
             fit_on = self.loader(self.train_items(seed).subset(self.exact_fit))
             if structure in ("joint", "prior"):
                 la = ExpertLaplace(model, prior_precision=precision)
-                parts = [cov for _, cov in joint_predictive(la, fit_on if structure == "joint" else [], items)]
+                said = joint_predictive(la, fit_on, items) if structure == "joint" else prior_predictive(la, items)
+                parts = [cov for _, cov in said]
             else:
                 la = ExpertLaplace(model, hessian_structure=structure, prior_precision=precision, seed=seed, **options)
                 la.fit(fit_on)

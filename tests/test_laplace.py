@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bmoe_utils as bm
 from bmoe_utils import capture, curvature
 from bmoe_utils.capture import capturing, expert_layers
-from bmoe_utils.exact import joint_predictive
+from bmoe_utils.exact import joint_predictive, prior_predictive
 from bmoe_utils.models import option_logits
 
 # Layer norms and router probabilities are taken in float32 inside transformers even in a float64 model. Where two
@@ -318,6 +318,8 @@ def test_joint_predictive_is_the_dense_posterior_over_all_experts_at_once(archit
     la = bm.ExpertLaplace(model, prior_precision=lam)
     got = torch.cat([cov for _, cov in joint_predictive(la, list(single_items(batch)), [test], progress=False)])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    alone = torch.cat([cov for _, cov in prior_predictive(la, [test], progress=False)])
+    torch.testing.assert_close(alone, (J_test / prior) @ J_test.mT, **ACROSS_SHAPES)
 
 
 # ---- the model is a guest -------------------------------------------------------------------------------------------
