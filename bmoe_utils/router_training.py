@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from . import curvature
@@ -82,7 +82,7 @@ def fit_routers(
                         history += _train(routers, train_loader, val_loader, **loop, patience=patience, seed=seed, member=member,
                                           tail=options.get("tail"), progress=progress)
     except BaseException:
-        _restore(routers, before)
+        routers.restore(before)
         raise
     finally:
         routers.activate(0)
@@ -120,16 +120,6 @@ def _check_loader(name: str, loader: Iterable[Mapping[str, Tensor]]) -> None:
             raise ValueError(f"{name}: batch {number} has items without a label")
     if empty:
         raise ValueError(f"{name} gave no batch: there is nothing to fit on")
-
-
-def _restore(routers: Routers, state: Mapping[str, Tensor]) -> None:
-    for name, tensor in state.items():
-        owner, _, leaf = name.rpartition(".")
-        module = routers.families.get_submodule(owner)
-        if isinstance(parameter := getattr(module, leaf), nn.Parameter):
-            parameter.data.copy_(tensor)
-        else:  # buffers may have grown
-            setattr(module, leaf, tensor)
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -182,7 +172,7 @@ def _train(routers: Routers, train_loader, val_loader, *, beta: float, lr: float
         if keeps_best and patience is not None and epoch - best_epoch >= patience:
             break
     if best_state is not None:
-        _restore(routers, best_state)
+        routers.restore(best_state)
     if collector is not None:
         collector.finish()
         if val_loader is not None:

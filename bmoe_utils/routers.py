@@ -267,6 +267,17 @@ class Routers:
     def __exit__(self, *_) -> None:
         self.detach()
 
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back a state of ``families.state_dict()``, or a part of it."""
+        for name, tensor in state.items():
+            owner, _, leaf = name.rpartition(".")
+            module = self.families.get_submodule(owner)
+            target = getattr(module, leaf)
+            if isinstance(target, nn.Parameter):
+                target.data.copy_(tensor)
+            else:  # buffers may have grown with the fit
+                setattr(module, leaf, tensor.to(target))
+
     # ---- files ------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> None:
         """Writes ``routers.safetensors`` and ``manifest.json``, beside and then moved."""
@@ -303,14 +314,7 @@ class Routers:
         tensors = load_file(path)
         routers = attach_routers(model, manifest["method"], layers=manifest["layers"], inference=manifest["inference"],
                                  num_samples=manifest["num_samples"], seed=manifest["seed"], **manifest["options"])
-        for name, tensor in tensors.items():
-            owner, _, leaf = name.rpartition(".")
-            module = routers.families.get_submodule(owner)
-            target = getattr(module, leaf)
-            if isinstance(target, nn.Parameter):
-                target.data = tensor.to(target)
-            else:  # buffers may have grown with the fit
-                setattr(module, leaf, tensor.to(target))
+        routers.restore(tensors)
         routers.fitted = manifest["fitted"]
         return routers
 
