@@ -31,6 +31,9 @@ class Family(nn.Module):
         self.num_experts, self.width = router.weight.shape
         self.options = options
         self.dtype = torch.float64 if router.weight.dtype == torch.float64 else torch.float32
+        # [E, d] and [E] where the prior mean is not the model's own router
+        self.register_buffer("mean_shift", torch.zeros(0, self.width))
+        self.register_buffer("bias_shift", torch.zeros(0))
         self.build(**options)
         self.to(router.weight.device, self.dtype)
 
@@ -39,8 +42,9 @@ class Family(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The model's ``W [E, d]``, out of the graph, in this module's dtype."""
-        return self.router.weight.detach().to(self.dtype)
+        """The prior mean ``W [E, d]``, out of the graph, in this module's dtype."""
+        weight = self.router.weight.detach().to(self.dtype)
+        return weight + self.mean_shift if len(self.mean_shift) else weight
 
     def offsets(self, u: Tensor, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """``centre [n, E]`` and ``deviations [S, n, E]`` (None: none) of the logits; in train mode of what is trained."""
@@ -193,13 +197,16 @@ def _trunk(width: int, hidden: int | None) -> nn.Sequential:
 
 
 class MeanField(Family):
-    """``q(l|u) = N(l_det + dmu(u), diag s^2(u))``, prior ``N(l_det, I)``; a shared trunk of width d/4 (arXiv 2603.09453)."""
+    """``q(l|u) = N(l_det + dmu(u), diag s^2(u))``, prior ``N(l_det, prior_std^2 I)``, in the paper the unit one; a shared
+    trunk of width d/4 (arXiv 2603.09453). ``init_std``: where ``s`` starts, by default at the prior: unfitted it is the prior."""
 
-    defaults = {"trunk": None, "init_std": 0.1}
+    defaults = {"trunk": None, "prior_std": 1.0, "init_std": None}
 
-    def build(self, trunk: int | None, init_std: float) -> None:
-        if not init_std > 0:
-            raise ValueError(f"init_std={init_std} is not positive")
+    def build(self, trunk: int | None, prior_std: float, init_std: float | None) -> None:
+        init_std = prior_std if init_std is None else init_std
+        for name, value in (("prior_std", prior_std), ("init_std", init_std)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} is not positive")
         self.trunk = _trunk(self.width, trunk)
         hidden = self.trunk[0].out_features
         self.mu = _head(hidden, self.num_experts)
@@ -221,7 +228,9 @@ class MeanField(Family):
         return mu, log_std.exp()
 
     def divergence(self, u):
-        return routing.kl_diagonal(*self._parts(u))
+        mu, log_std = self._parts(u)
+        prior = self.options["prior_std"]
+        return routing.kl_diagonal(mu / prior, log_std - math.log(prior))
 
     def offsets(self, u, samples, generator):
         centre, root = self.moments(u)
@@ -248,7 +257,8 @@ class FullCovariance(MeanField):
         return mu, L
 
     def divergence(self, u):
-        return routing.kl_cholesky(*self.moments(u))
+        mu, L = self.moments(u)
+        return routing.kl_cholesky(mu / self.options["prior_std"], L / self.options["prior_std"])
 
 
 # ---- selection space ------------------------------------------------------------------------------------------------

@@ -9,17 +9,20 @@ curvature; deterministic and fixed-temperature routers have nothing to fit. Only
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from . import curvature
+from .artefacts import fingerprint, model_fingerprint
 from .capture import capturing, frozen
+from .checkpoint import Checkpoint, optimizer_state, restore_optimizer
 from .models import option_logits
 from .progress import track
-from .routers import Routers
+from .routers import Routers, attach_routers
 from .routing import SwagMoments
 from .train import answer_nll
 
@@ -45,6 +48,7 @@ def fit_routers(
     patience: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
     **method_options,
 ) -> list[dict]:
     """Fits in place and returns the history: a dict an epoch (``member``, ``epoch``, ``nll``, ``divergence``, ``val_nll``, nats).
@@ -52,7 +56,9 @@ def fit_routers(
     AdamW, cosine with 5% warm-up (constant after it for SWAG, whose tail must move), gradients of ``accumulation`` batches
     per step. With ``val_loader`` the state of least validation NLL is kept, and ``patience`` epochs without a better one end
     the run. Loaders must be re-iterable; batches come in an order drawn from ``seed``. A fit that fails puts the
-    previous state back. ``ValueError`` on bad options, no batch, or items without labels, before anything has changed.
+    previous state back. ``checkpoint``: a folder that holds the fit's state after every epoch; the same call goes on from there,
+    bit for bit as if it had not been cut short, and removes it at the end (the Laplace fit is a single pass, and starts over).
+    ``ValueError`` on bad options, no batch, or items without labels, before anything has changed.
     """
     routers._check_attached()
     options = {**METHOD_OPTIONS.get(routers.method, {})}
@@ -65,6 +71,11 @@ def fit_routers(
     if val_loader is not None:
         _check_loader("val_loader", val_loader)
     before = {k: v.detach().clone() for k, v in routers.families.state_dict().items()}
+    key = {"method": routers.method, "options": routers.options, "layers": routers.layers, "inference": routers.inference,
+           "num_samples": routers.num_samples, "seeds": [routers.seed, seed], "fit": loop | options | {"patience": patience},
+           "model": model_fingerprint(routers.model), "start": model_fingerprint(routers.families),
+           "data": [_data_fingerprint(train_loader), val_loader and _data_fingerprint(val_loader)]} if checkpoint else {}
+    state = Checkpoint(checkpoint, key)
     history: list[dict] = []
     try:
         with frozen(routers.model):
@@ -77,10 +88,14 @@ def fit_routers(
                     members = routers.options["members"] if routers.method == "ensemble" else 1
                     if routers.method == "ensemble":
                         _spread_members(routers, options["member_noise"], seed)
-                    for member in range(members):
+                    if resumed := state.load():
+                        history[:] = resumed[0]["history"]
+                        routers.restore(_under("routers.", resumed[1]))
+                    for member in range(history[-1]["member"] if history else 0, members):
                         routers.activate(member)
-                        history += _train(routers, train_loader, val_loader, **loop, patience=patience, seed=seed, member=member,
-                                          tail=options.get("tail"), progress=progress)
+                        _train(routers, train_loader, val_loader, **loop, patience=patience, seed=seed, member=member,
+                               tail=options.get("tail"), history=history, checkpoint=state, progress=progress)
+                    state.remove()
     except BaseException:
         routers.restore(before)
         raise
@@ -92,6 +107,10 @@ def fit_routers(
             p.grad = None
     routers.fitted = {**loop, **{k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}, "seed": seed, "history": history}
     return history
+
+
+def _data_fingerprint(loader: Iterable[Mapping[str, Tensor]]) -> str:
+    return fingerprint([[batch["input_ids"].tolist(), batch["option_ids"].tolist(), batch["labels"].tolist()] for batch in loader])
 
 
 def _check(options: Mapping) -> None:
@@ -124,9 +143,9 @@ def _check_loader(name: str, loader: Iterable[Mapping[str, Tensor]]) -> None:
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 def _train(routers: Routers, train_loader, val_loader, *, beta: float, lr: float, epochs: int, weight_decay: float, accumulation: int,
-           patience: int | None, seed: int, member: int, tail: float | None, progress: bool) -> list[dict]:
+           patience: int | None, seed: int, member: int, tail: float | None, history: list[dict], checkpoint: Checkpoint,
+           progress: bool) -> None:
     batches = list(train_loader)
-    generator = torch.Generator().manual_seed(seed * 1009 + member)
     optimizer = torch.optim.AdamW(routers.parameters(), lr=lr, weight_decay=weight_decay)
     per_epoch = math.ceil(len(batches) / accumulation)
     steps = epochs * per_epoch
@@ -135,14 +154,27 @@ def _train(routers: Routers, train_loader, val_loader, *, beta: float, lr: float
                 else get_constant_schedule_with_warmup(optimizer, warm_up))
     collector = None if tail is None else _SwagCollector(routers, steps, tail)
     keeps_best = val_loader is not None and collector is None  # SWAG is its whole trajectory, not one point of it
-    history, best, best_state, step = [], math.inf, None, 0
+    best_state = {}
+    mine = lambda: [row for row in history if row["member"] == member]  # noqa: E731
+    if mine():  # this member had begun: the state on disk is the one after its last epoch
+        values, tensors = checkpoint.load()
+        restore_optimizer(optimizer, values["optimizer"], _under("optimizer.", tensors))
+        schedule.load_state_dict(values["schedule"])
+        best_state = _under("best.", tensors)
+        if collector is not None:
+            collector.restore(values["collected"], _under("swag.", tensors))
     title = f"{routers.method} routers" + (f", member {member + 1}" if routers.method == "ensemble" else "")
-    for epoch in track(range(1, epochs + 1), f"{title} (epochs)", progress):
+    epoch_numbers = range(len(mine()) + 1, epochs + 1)
+    for epoch in track(epoch_numbers, f"{title} (epochs)", progress, total=epochs, initial=epochs - len(epoch_numbers)):
+        if _ended(mine(), patience):
+            break
         routers.train()
         routers.stream(1 + epoch + 100_003 * (member + 101 * seed))  # not the noise of the predictions, nor the last epoch's
         nll_sum = charge_sum = items = 0.0
+        # a function of seed, member and epoch: a resumed fit takes the same batches
+        generator = torch.Generator().manual_seed((seed * 1009 + member) * 10_007 + epoch)
         order = torch.randperm(len(batches), generator=generator).tolist()
-        for start in range(0, len(order), accumulation):
+        for step, start in enumerate(range(0, len(order), accumulation), (epoch - 1) * per_epoch + 1):
             group = [batches[i] for i in order[start : start + accumulation]]
             size = sum(len(b["labels"]) for b in group)
             for batch in group:
@@ -159,25 +191,36 @@ def _train(routers: Routers, train_loader, val_loader, *, beta: float, lr: float
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            step += 1
             if collector is not None:
                 collector.after(step)
         row = {"member": member, "epoch": epoch, "nll": nll_sum / items, "divergence": charge_sum / items, "val_nll": None}
         if keeps_best:
             row["val_nll"] = validation_nll(routers, val_loader, member)
-            if row["val_nll"] < best:
-                best, best_epoch = row["val_nll"], epoch
+            if row["val_nll"] < min((r["val_nll"] for r in mine()), default=math.inf):
                 best_state = {k: v.detach().clone() for k, v in routers.families.state_dict().items()}
         history.append(row)
-        if keeps_best and patience is not None and epoch - best_epoch >= patience:
-            break
-    if best_state is not None:
+        groups, slots = optimizer_state(optimizer)
+        collected, moments = (None, {}) if collector is None else collector.state()
+        parts = {"routers.": routers.families.state_dict(), "best.": best_state, "optimizer.": slots, "swag.": moments}
+        checkpoint.save({"history": history, "optimizer": groups, "schedule": schedule.state_dict(), "collected": collected},
+                        {prefix + k: v for prefix, part in parts.items() for k, v in part.items()})
+    if best_state:
         routers.restore(best_state)
     if collector is not None:
         collector.finish()
         if val_loader is not None:
             history[-1]["val_nll"] = validation_nll(routers, val_loader)
-    return history
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _ended(rows: list[dict], patience: int | None) -> bool:
+    """Whether ``patience`` epochs have gone by without a better validation NLL."""
+    if patience is None or not rows or rows[0]["val_nll"] is None:
+        return False
+    return len(rows) - 1 - min(range(len(rows)), key=lambda i: rows[i]["val_nll"]) >= patience
 
 
 def validation_nll(routers: Routers, loader: Iterable[Mapping[str, Tensor]], member: int | None = None) -> float:
@@ -202,6 +245,19 @@ def validation_nll(routers: Routers, loader: Iterable[Mapping[str, Tensor]], mem
     return total / items
 
 
+def tune_routers(model: torch.nn.Module, train_loader: Iterable[Mapping[str, Tensor]], val_loader=None, *,
+                 layers: str | Sequence[int | str] = "all", **options) -> dict[str, Tensor]:
+    """The "MAP routers": the model's routers trained on the answers with all else frozen. Router name -> weight ``[E, d]``.
+
+    The model is left as it was; hand the weights to ``attach_routers(prior_mean=...)``, with method ``deterministic`` for the
+    MAP routers themselves. ``options``: of the loop of :func:`fit_routers`.
+    """
+    # a dropout router without dropout is a deterministic router that can be trained
+    with attach_routers(model, "mcdropout", layers=layers, dropout=0.0, num_samples=1) as routers:
+        fit_routers(routers, train_loader, val_loader, **options)
+        return {name: (f.weight + f.delta).detach() for name, f in zip(routers.layers, routers.families, strict=True)}
+
+
 # ---- what single methods need ---------------------------------------------------------------------------------------
 class _SwagCollector:
     """Takes the weights along the tail of the steps, about twice as often as deviations are kept, and leaves their moments."""
@@ -216,6 +272,20 @@ class _SwagCollector:
         if step > self.first and (step - self.first) % self.every == 0:
             for family, moments in zip(self.families, self.moments, strict=True):
                 moments.update(family.delta.detach().clone())
+
+    def state(self) -> tuple[int, dict[str, Tensor]]:
+        """How many points have been taken, and the moments' tensors by name."""
+        parts = {f"{i}.{name}": value for i, m in enumerate(self.moments)
+                 for name, value in {"mean": m.mean, "square": m.square,
+                                     **{f"deviation{j:03d}": d for j, d in enumerate(m.deviations)}}.items()}
+        return self.moments[0].count, parts
+
+    def restore(self, count: int, tensors: Mapping[str, Tensor]) -> None:
+        """Puts back what :meth:`state` gave."""
+        for i, moments in enumerate(self.moments):
+            own = {k: v.to(moments.mean) for k, v in _under(f"{i}.", tensors).items()}
+            moments.count, moments.mean, moments.square = count, own["mean"], own["square"]
+            moments.deviations = [own[k] for k in sorted(own) if k.startswith("deviation")]
 
     def finish(self) -> None:
         for family, moments in zip(self.families, self.moments, strict=True):

@@ -40,7 +40,7 @@ class Routers:
     """
 
     def __init__(self, model: nn.Module, method: str, names: list[str], inference: str, num_samples: int | None, seed: int,
-                 options: dict):
+                 prior_mean: nn.Module | Mapping[str, Tensor] | None, options: dict):
         self.model, self.method, self.layers, self.inference = model, method, names, inference
         self.num_samples, self.seed, self.options = num_samples, seed, options
         self.noise_scale, self.training, self.fitted = 1.0, False, None
@@ -55,6 +55,7 @@ class Routers:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.families = nn.ModuleList(FAMILIES[method](m, **options) for m in self._modules).eval()
+        self.prior_mean = self._centre(prior_mean)
         forwards = [b or m.forward for b, m in zip(self._before, self._modules, strict=True)]
         self.rules = [Rule(*x) for x in zip(names, self._modules, forwards, strict=True)]
         averages = method not in ("deterministic", "temperature", "vtsr") and inference == "inside"
@@ -73,6 +74,24 @@ class Routers:
         except BaseException:
             self.detach()
             raise
+
+    def _centre(self, mean: nn.Module | Mapping[str, Tensor] | None) -> str:
+        """Moves the prior mean from the model's routers to given ones, and says in a word which they are."""
+        if mean is None:
+            return "current"
+        if isinstance(mean, nn.Module):
+            given = find_routers(mean)
+            weights, said = {n: m.weight.detach() for n, m in given.items()}, f"model {model_fingerprint(mean)[:12]}"
+        else:
+            given, weights, said = {}, mean, "weights"
+        for name, family in zip(self.layers, self.families, strict=True):
+            if name not in weights or weights[name].shape != family.weight.shape:
+                wrong = f"has shape {tuple(weights[name].shape)}" if name in weights else f"is not among {', '.join(weights)}"
+                raise ValueError(f"prior_mean: router {name!r} {wrong}; it must be {list(family.weight.shape)}, as in the model")
+            family.mean_shift = weights[name].to(family.mean_shift) - family.weight
+            if (bias := getattr(given.get(name), "bias", None)) is not None:
+                family.bias_shift = (bias - family.router.bias).detach().to(family.bias_shift)
+        return said
 
     # ---- the model's side -----------------------------------------------------------------------------------------------
     def _enter(self, module: nn.Module, args: tuple, kwargs: Mapping) -> None:
@@ -101,6 +120,10 @@ class Routers:
         outputs = forward(hidden, *args, **kwargs)
         family, rule = self.families[layer], self.rules[layer]
         logits = outputs[rule.order[0]].to(rule.dtype)
+        if len(family.mean_shift):
+            logits = logits + hidden.reshape(len(logits), -1).to(rule.dtype) @ family.mean_shift.mT
+            logits = logits + family.bias_shift if len(family.bias_shift) else logits
+            outputs = rule.pack(*rule(logits))
         if self.tape is not None:
             return self._capture(layer, hidden, logits)
         rows = None if self._rows is None else self._rows.to(logits.device)
@@ -183,7 +206,8 @@ class Routers:
         """Uncertainty of each item of the last batch, float64 ``[B]``, averaged over the attached layers; higher = less sure.
 
         ``gate_entropy`` of the routing scores, ``logit_variance`` tr(Sigma) (Gaussian logits), ``mc_logit_variance`` (sampled
-        inside), ``temperature``; each as ``.._last`` (the token that answers) and ``.._mean`` (over the real tokens).
+        inside), ``temperature``; each as ``.._last`` (the token that answers) and ``.._mean`` (over the real tokens). Whole-model
+        inference adds ``answer_information``, the mutual information of answer and routing, in nats.
         """
         if self._signals is None:
             raise RuntimeError("no signals yet: they are of the last batch that went through the model in eval mode")
@@ -213,7 +237,12 @@ class Routers:
             self.activate(0)
             self.train(training)
         self._signals = {k: torch.stack([s[k] for s in signals]).mean(0) for k in signals[0]}
-        return torch.stack(probs).mean(0)
+        probs = torch.stack(probs)  # [S, B, C]
+        mean = probs.mean(0)
+        if len(probs) > 1:
+            entropy = lambda p: routing.entropy(p.double().log())  # noqa: E731
+            self._signals["answer_information"] = (entropy(mean) - entropy(probs).mean(0)).clamp(min=0).cpu()
+        return mean
 
     def stream(self, number: int) -> None:
         """Which stream of random numbers passes draw from now on (0: the one predictions use)."""
@@ -285,7 +314,8 @@ class Routers:
         with replace_folder(folder) as temporary:
             save_file(tensors, temporary / "routers.safetensors")
             manifest = {"format": FORMAT, "method": self.method, "layers": self.layers, "inference": self.inference,
-                        "num_samples": self.num_samples, "seed": self.seed, "options": self.options, "fitted": self.fitted,
+                        "num_samples": self.num_samples, "seed": self.seed, "prior_mean": self.prior_mean,
+                        "options": self.options, "fitted": self.fitted,
                         "model": model_fingerprint(self.model), "file": fingerprint(temporary / "routers.safetensors")}
             manifest["checksum"] = fingerprint(manifest)
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -315,7 +345,7 @@ class Routers:
         routers = attach_routers(model, manifest["method"], layers=manifest["layers"], inference=manifest["inference"],
                                  num_samples=manifest["num_samples"], seed=manifest["seed"], **manifest["options"])
         routers.restore(tensors)
-        routers.fitted = manifest["fitted"]
+        routers.fitted, routers.prior_mean = manifest["fitted"], manifest["prior_mean"]
         return routers
 
 
@@ -337,13 +367,16 @@ def attach_routers(
     inference: str = "inside",
     num_samples: int | None = 35,
     seed: int = 0,
+    prior_mean: nn.Module | Mapping[str, Tensor] | None = None,
     **options,
 ) -> Routers:
     """Puts Bayesian routers in front of a model's own, unfitted but ready to run. ``detach()`` takes them off again.
 
     ``method``: one of ``router_families.FAMILIES``, whose ``defaults`` are its ``options``. ``layers``: ``"all"``, ``"last:n"``, indices
-    of the MoE layers, or router names. ``num_samples=None``: sample-free. ``ValueError`` on anything unknown, and then
-    the model is untouched.
+    of the MoE layers, or router names. ``num_samples=None``: sample-free. ``prior_mean``: whose logits ``l_det`` are; None: the
+    model's own routers (the MAP routers); another model of the same shape, for instance the pretrained one; or a weight ``[E, d]``
+    for every router name, for instance of :func:`router_training.tune_routers`. ``ValueError`` on anything unknown, and
+    then the model is untouched.
     """
     if method not in FAMILIES:
         raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, FAMILIES))}")
@@ -362,4 +395,5 @@ def attach_routers(
         if not n.isdigit() or not 1 <= int(n) <= len(names):
             raise ValueError(f"layers={layers!r}: give 'last:n' with n from 1 to {len(names)}")
         layers = list(range(-int(n), 0))
-    return Routers(model, method, select_layers(names, layers), inference, num_samples, seed, FAMILIES[method].defaults | options)
+    names, options = select_layers(names, layers), FAMILIES[method].defaults | options
+    return Routers(model, method, names, inference, num_samples, seed, prior_mean, options)

@@ -9,6 +9,7 @@ from tiny import single_items, tiny_batch
 
 from bmoe_utils import router_training
 from bmoe_utils.capture import capturing
+from bmoe_utils.checkpoint import Checkpoint
 from bmoe_utils.models import option_logits
 from bmoe_utils.router_families import FAMILIES
 from bmoe_utils.router_training import fit_routers, router_gradients, validation_nll
@@ -73,7 +74,7 @@ def test_the_likelihood_is_the_answers_and_beta_weighs_the_divergence():
         assert row["nll"] == pytest.approx(float(expected), rel=1e-9) and row["divergence"] == 0
     ends = {}
     for beta in (0.0, 100.0):
-        with attach_routers(model, "mfvr") as routers:
+        with attach_routers(model, "mfvr", init_std=0.1) as routers:
             history = fit(routers, [batch], epochs=80, lr=0.06, beta=beta)
             ends[beta] = history[-1]
             assert history[0]["divergence"] == pytest.approx(8 * 0.5 * (0.01 - 1 - 2 * math.log(0.1)), rel=1e-6)  # std .1, 8 logits
@@ -149,13 +150,14 @@ def test_accumulated_gradients_are_those_of_one_large_batch():
 @pytest.mark.parametrize("method", ["mfvr", "ensemble"])
 def test_the_best_state_on_the_validation_set_is_kept(method):
     model, train, val = moe(), [tiny_batch(8, seed=1)], [tiny_batch(8, seed=2)]
-    with attach_routers(model, method, num_samples=4, **{"members": 2} if method == "ensemble" else {}) as routers:
+    options = {"members": 2} if method == "ensemble" else {"init_std": 0.1}
+    with attach_routers(model, method, num_samples=4, **options) as routers:
         history = fit(routers, train, val, epochs=12, lr=0.05)
         for member in {row["member"] for row in history}:
             curve = [row["val_nll"] for row in history if row["member"] == member]
             assert min(curve) < curve[-1]  # it did overfit, so that keeping the last state would show
             assert validation_nll(routers, val, member) == pytest.approx(min(curve), rel=1e-9)
-    with attach_routers(model, method, num_samples=4, **{"members": 2} if method == "ensemble" else {}) as routers:
+    with attach_routers(model, method, num_samples=4, **options) as routers:
         short = fit(routers, train, val, epochs=12, lr=0.05, patience=2)
     curve = [row["val_nll"] for row in short if row["member"] == 0]
     assert len(curve) == min(12, curve.index(min(curve)) + 1 + 2) < 12
@@ -311,7 +313,7 @@ def test_ensemble_members_are_trained_one_by_one():
         routers.activate(0)
         with router_training.frozen(model):
             router_training._train(routers, batches, None, beta=0.0, lr=0.02, epochs=3, weight_decay=0.5, accumulation=1, patience=None,
-                                   seed=0, member=0, tail=None, progress=False)
+                                   seed=0, member=0, tail=None, history=[], checkpoint=Checkpoint(None, {}), progress=False)
         torch.testing.assert_close(routers.families[0].delta[0].detach(), together[0])
     assert min(float((together[i] - together[j]).abs().max()) for i in range(3) for j in range(i)) > 1e-3
 
@@ -405,7 +407,7 @@ def test_peft_models_can_be_fitted():
     from bmoe_utils.train import add_lora
     model = add_lora(moe()).double().eval()
     before = snapshot(model)
-    routers = attach_routers(model, "mfvr")
+    routers = attach_routers(model, "mfvr", init_std=0.1)
     history = fit(routers, [tiny_batch()], epochs=2, lr=0.01)
     assert history[0]["divergence"] > 0
     routers.detach()
