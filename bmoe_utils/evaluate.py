@@ -60,6 +60,12 @@ class Predictions:
     def __len__(self):
         return len(self.probs)
 
+    def head(self, n):
+        """The first `n` items (all if None)."""
+        cut = lambda array: None if array is None else array[:n]  # noqa: E731
+        signals = {name: signal[:n] for name, signal in self.signals.items()}
+        return Predictions(self.probs[:n], self.labels[:n], signals, cut(self.logits), cut(self.p_star))
+
     def summary(self):
         """`metrics.summary` of these predictions, with "kl" where `p_star` is known. `ValueError` on unknown labels."""
         return metrics.summary(self.probs, self.labels, self.p_star)
@@ -136,7 +142,8 @@ def predict(predictor: torch.nn.Module | Callable, loader: Iterable[Mapping], *,
 
     `predictor`: a causal LM, read out through `models.option_logits` in eval mode without gradients, every module's
     mode restored afterwards, also after an exception; or a callable `batch -> probs [B, C]`, or
-    `batch -> (probs [B, C], signals {name: [B]})`, which runs as it is. `loader` yields batches with
+    `batch -> (probs [B, C], signals {name: [B]})`, which runs as it is (a method `signals()` gives those of the last
+    batch: attached `Routers` are such a callable). `loader` yields batches with
     `option_ids` [B, C] (-1 missing), `labels` [B] (-1 unknown) and optionally `p_star` [B, C]; C may differ
     between batches. Raises `ValueError` on an empty loader, a wrong shape, mass on a missing option, or a label that
     points at one.
@@ -169,7 +176,8 @@ def _predict_with_model(model, batches):
 def _predict_with_callable(predictor, batches):
     for batch in batches:
         said = predictor(batch)
-        probs, signals = said if isinstance(said, tuple) else (said, {})
+        signals_of = getattr(predictor, "signals", dict)  # attached routers keep the last batch's
+        probs, signals = said if isinstance(said, tuple) else (said, signals_of())
         yield _part(batch, probs, signals, None)
 
 

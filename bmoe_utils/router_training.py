@@ -51,7 +51,7 @@ def fit_routers(
     checkpoint: str | Path | None = None,
     **method_options,
 ) -> list[dict]:
-    """Fits in place and returns the history: a dict an epoch (``member``, ``epoch``, ``nll``, ``divergence``, ``val_nll``, nats).
+    """Fits in place and returns the history: a dict an epoch (``member``, ``epoch``, ``nll``, ``divergence``, ``val_nll``, nats, and ``signals``, their means on the validation set).
 
     AdamW, cosine with 5% warm-up (constant after it for SWAG, whose tail must move), gradients of ``accumulation`` batches
     per step. With ``val_loader`` the state of least validation NLL is kept, and ``patience`` epochs without a better one end
@@ -193,9 +193,9 @@ def _train(routers: Routers, train_loader, val_loader, *, beta: float, lr: float
             schedule.step()
             if collector is not None:
                 collector.after(step)
-        row = {"member": member, "epoch": epoch, "nll": nll_sum / items, "divergence": charge_sum / items, "val_nll": None}
+        row = {"member": member, "epoch": epoch, "nll": nll_sum / items, "divergence": charge_sum / items, "val_nll": None, "signals": {}}
         if keeps_best:
-            row["val_nll"] = validation_nll(routers, val_loader, member)
+            row["val_nll"], row["signals"] = validate(routers, val_loader, member)
             if row["val_nll"] < min((r["val_nll"] for r in mine()), default=math.inf):
                 best_state = {k: v.detach().clone() for k, v in routers.families.state_dict().items()}
         history.append(row)
@@ -209,7 +209,7 @@ def _train(routers: Routers, train_loader, val_loader, *, beta: float, lr: float
     if collector is not None:
         collector.finish()
         if val_loader is not None:
-            history[-1]["val_nll"] = validation_nll(routers, val_loader)
+            history[-1]["val_nll"], history[-1]["signals"] = validate(routers, val_loader)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -223,11 +223,13 @@ def _ended(rows: list[dict], patience: int | None) -> bool:
     return len(rows) - 1 - min(range(len(rows)), key=lambda i: rows[i]["val_nll"]) >= patience
 
 
-def validation_nll(routers: Routers, loader: Iterable[Mapping[str, Tensor]], member: int | None = None) -> float:
-    """Mean NLL of the answers as these routers would give them (nats per item); of one ``member``, for an ensemble."""
+def validate(routers: Routers, loader: Iterable[Mapping[str, Tensor]], member: int | None = None) -> tuple[float, dict[str, float]]:
+    """Mean NLL of the answers as these routers would give them (nats per item), and the mean of every signal; of one
+    ``member`` alone, for an ensemble."""
     routers.eval()
     alone = member is not None and routers.method == "ensemble"
     total, items, inference, active = 0.0, 0, routers.inference, getattr(routers.families[0], "active", 0)
+    signals: dict[str, float] = {}
     routers.stream(0)
     try:
         if alone:  # a pass of one sample is the active member's
@@ -239,10 +241,12 @@ def validation_nll(routers: Routers, loader: Iterable[Mapping[str, Tensor]], mem
                 picked = p.double().gather(1, batch["labels"].to(p.device)[:, None])
                 total -= float(picked.clamp(min=1e-300).log().sum())
                 items += len(batch["labels"])
+                for name, value in routers.signals().items():
+                    signals[name] = signals.get(name, 0.0) + float(value.sum())
     finally:
         routers.inference = inference
         routers.activate(active)
-    return total / items
+    return total / items, {name: value / items for name, value in signals.items()}
 
 
 def tune_routers(model: torch.nn.Module, train_loader: Iterable[Mapping[str, Tensor]], val_loader=None, *,
@@ -359,7 +363,7 @@ def _fit_laplace(routers: Routers, train_loader, val_loader, seed: int, progress
     for precision in prior_grid:
         for family in routers.families:
             family.precision = torch.full_like(family.precision, precision)
-        history.append({"prior_precision": precision, "val_nll": validation_nll(routers, val_loader)})
+        history.append({"prior_precision": precision, **dict(zip(("val_nll", "signals"), validate(routers, val_loader), strict=True))})
     best = min(history, key=lambda row: row["val_nll"])["prior_precision"]
     for family in routers.families:
         family.precision = torch.full_like(family.precision, best)

@@ -5,6 +5,7 @@ on the way. Stages and what they rest on:
 
     base model  ->  MAP model (a seed, an epoch count, a training-set size)  ->  predictions
                                      -> expert Laplace (options) -> prior precision -> predictions
+                                     -> MAP routers -> Bayesian routers (method, options) -> predictions, stability
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -26,58 +28,20 @@ from .evaluate import Predictions, predict
 from .exact import joint_predictive, prior_predictive
 from .laplace import ExpertLaplace
 from .metrics import fit_temperature, softmax
+from .profiles import MODELS, OWN_QUESTIONS, PROFILES
+from .router_training import tune_routers
+from .routers import Routers, attach_routers, find_routers
+from .stability import perturbed, routing_stability
 from .tasks import Split, draw, learning_texts, load_task, make_loader
 from .world import world_file
-
-# What every profile sets, with the values of `cpu`: the embedded world on a laptop.
-CPU = {
-    "seeds": [0, 1, 2],
-    # embedded base model
-    "architecture": "qwen2_moe", "width": 64, "layers": 3, "experts": 8, "top_k": 2, "expert_width": 64,
-    "tokenizer_kind": "word", "vocab_size": 4096,
-    "pretrain_lines": 300_000, "pretrain_steps": 3500, "pretrain_batch": 64, "pretrain_lr": 3e-3,
-    # MAP fine-tuning; train_size None: all of it
-    "method": "full", "train_size": 500, "epochs": 20, "batch_size": 16, "lr": 3e-4, "weight_decay": 0.0,
-    "dtype": "float32", "device_map": None, "readout": None,
-    # evaluation
-    "eval_batch": 64, "test_size": None,
-    # chapter 1: the training-set sizes of its curve; chapter 2: against the dense posterior, fitted on so many items and
-    # compared on so many
-    "sizes": [125, 250, 500, 1000], "exact_fit": 500, "exact_items": 200,
-    # chapters 2 to 4: what the prior is centred on, "pretrained" or "zero"
-    "prior_mean": "zero", "mc_samples": 1000,
-}  # fmt: skip
-PROFILES = {
-    "smoke": CPU | {
-        "seeds": [0, 1], "width": 32, "layers": 2, "experts": 4, "expert_width": 32, "pretrain_lines": 20_000,
-        "pretrain_steps": 150, "train_size": 100, "epochs": 12, "lr": 2e-3, "test_size": 200, "sizes": [50, 100], "exact_items": 40,
-        "mc_samples": 200,
-    },
-    "cpu": CPU,
-    # one card of 24 to 48 GB
-    "gpu": CPU | {
-        "method": "lora", "train_size": None, "epochs": 3, "lr": 1e-4, "dtype": "bfloat16", "device_map": "auto",
-        "sizes": [500, 2000], "eval_batch": 16,
-    },
-    "paper": CPU | {
-        "method": "lora", "train_size": 5000, "epochs": 3, "lr": 1e-4, "dtype": "bfloat16", "device_map": "auto",
-        "sizes": [500, 5000], "eval_batch": 16,
-    },
-}  # fmt: skip
-# The model of a profile where none is named; None: the embedded one, trained by the study.
-MODELS = {"smoke": None, "cpu": None, "gpu": "ibm-granite/granite-3.1-1b-a400m-instruct", "paper": "Qwen/Qwen1.5-MoE-A2.7B"}
-# The embedded model on a user's own questions learns from them alone: a byte-level tokenizer trained on their text, no text
-# to pretrain on, all of the training set.
-OWN_QUESTIONS = {
-    "cpu": {"tokenizer_kind": "bpe", "layers": 2, "pretrain_steps": 0, "train_size": None, "epochs": 8, "lr": 1e-3,
-            "batch_size": 32, "sizes": [1000, 3000]},
-    "smoke": {"tokenizer_kind": "bpe", "vocab_size": 1024, "pretrain_steps": 0, "sizes": [50, 100]},
-}
 
 # The modules whose code an artefact depends on.
 DATA = ("world", "tasks")
 TRAINING = (*DATA, "models", "train")
 POSTERIOR = (*TRAINING, "capture", "curvature", "laplace", "prior")
+# Methods of which nothing is chosen by how they will be used: one fit serves both kinds of inference.
+SELECTED_NOWHERE = ("deterministic", "temperature", "swag", "ensemble")
+ROUTING = (*TRAINING, "capture", "curvature", "routing", "router_families", "router_rules", "routers", "router_training")
 
 
 class Study:
@@ -112,6 +76,14 @@ class Study:
     def embedded(self) -> bool:
         """Whether the base model is the study's own small one."""
         return self.model_name is None
+
+    def regime(self, name: str) -> Study:
+        """The same study under one of its MAP regimes (``study.regimes``)."""
+        if name not in self.regimes:
+            raise ValueError(f"unknown regime {name!r}; there are: {', '.join(self.regimes)}")
+        other = Study(self.profile, task=self.task_name, model=self.model_name, overrides=self.settings | self.regimes[name], store=self.store)
+        vars(other).update({k: v for k, v in vars(self).items() if k in ("task", "data_key", "base_folder", "tokenizer", "_base_key")})
+        return other
 
     # ---- data -------------------------------------------------------------------------------------------------------
     @cached_property
@@ -189,7 +161,7 @@ class Study:
             "base": self._base_key, "data": self.data_key, "seed": seed, "epochs": self.epochs if epochs is None else epochs,
             "size": (n := len(self.train_items(seed, size))),
             # metrics after every epoch, for the study's own set; elsewhere the end is enough
-            "every_epoch": self.embedded and n == len(self.train_items(seed)),
+            "every_epoch": self.curves and self.embedded and n == len(self.train_items(seed)),
         }
 
     def map_folder(self, seed: int, *, epochs: int | None = None, size: int | None = None) -> Path:
@@ -235,15 +207,15 @@ class Study:
 
     # ---- predictions ------------------------------------------------------------------------------------------------
     def predictions(self, name: str, split: str, config: Mapping, predictor: Callable[[], Callable | nn.Module], *,
-                    modules: tuple[str, ...] = TRAINING) -> Predictions:
-        """Predictions on a split under a key: ``config`` must hold all that determines them beside the task's data.
+                    items: int | None = None, modules: tuple[str, ...] = TRAINING) -> Predictions:
+        """Predictions on a split (its first ``items``) under a key: ``config`` must hold all that determines them beside the data.
 
         ``predictor()`` makes the model or callable; it is called only where the predictions are not there yet.
         """
-        key = {"name": name, "split": split, "data": self.data_key, **config}
+        key = {"name": name, "split": split, "data": self.data_key, **config} | ({"items": items} if items else {})
 
         def build(folder: Path) -> None:
-            predict(predictor(), self.loader(self.task[split])).save(folder / "predictions.safetensors")
+            predict(predictor(), self.loader(self.task[split].subset(items))).save(folder / "predictions.safetensors")
 
         folder = self.store.folder("predictions", key, build, modules=(*modules, "evaluate", "metrics"))
         return Predictions.load(folder / "predictions.safetensors")
@@ -330,3 +302,119 @@ class Study:
             return {"covariance": torch.cat([nn.functional.pad(p, (0, width - p.shape[1]) * 2) for p in parts])}
 
         return self.store.arrays("covariance", config, compute, modules=(*POSTERIOR, "exact"))["covariance"]
+
+    # ---- routers ----------------------------------------------------------------------------------------------------
+    def map_routers(self, seed: int, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
+        """Router name -> weight of the seed's MAP model after its routers have been trained further, all else frozen."""
+        config = self._router_config(seed, "validation_nll") | {"epochs": self.router_epochs}
+
+        def compute() -> dict:
+            return tune_routers(model or self.map_model(seed), self._router_loader(seed), self.loader(self.task["validation"]),
+                                **self._loop(seed))
+
+        return self.store.arrays("map_routers", config, compute, modules=ROUTING)
+
+    def _router_loader(self, seed: int):
+        return self.loader(self.train_items(seed), batch_size=self.batch_size)
+
+    def _loop(self, seed: int) -> dict:
+        return {"epochs": self.router_epochs, "lr": self.router_lr, "beta": self.beta, "patience": self.patience,
+                "accumulation": self.accumulation, "seed": seed}
+
+    def _router_config(self, seed: int, *which) -> dict:
+        return {"map": self.map_folder(seed).name, "loop": self._loop(seed), "batch": self.batch_size, "data": self.data_key,
+                "which": list(which)}
+
+    def routers(self, seed: int, method: str, *, inference: str = "inside", layers: str | list = "all", prior_mean: str | None = None,
+                loop: Mapping | None = None, fitted: bool = True, model: nn.Module | None = None, **options) -> Routers:
+        """Bayesian routers fitted on the seed's fine-tuning set, attached to its MAP model (``routers.model``); a context manager.
+
+        Whatever is chosen by validation NLL is chosen under the ``inference`` it will be used with. ``prior_mean``: ``current``,
+        ``pretrained`` or ``tuned``, by default the profile's. ``loop``: other options of the fit; ``fitted=False``: none, the prior itself. ``options``: those
+        of the method.
+        """
+        model = model or self.map_model(seed)
+        mean, loop = prior_mean or self.router_mean, self._loop(seed) | dict(loop or {})
+        if mean not in ("current", "pretrained", "tuned"):
+            raise ValueError(f"prior_mean {mean!r} is not 'current', 'pretrained' or 'tuned'")
+        if method == "ensemble":
+            options = {"members": self.members} | options
+        if method == "laplace":
+            loop = {"prior_grid": self.router_precisions} | loop
+        fitted_for = "inside" if method in SELECTED_NOWHERE else inference
+        samples = self.router_samples if fitted_for == "inside" else self.validation_passes
+        config = self._router_config(seed, method, layers, mean, fitted_for, samples) | {"fit": loop if fitted else None, "options": options}
+
+        def build(folder: Path) -> None:
+            centre = {"current": lambda: None, "pretrained": lambda: self.base()[0], "tuned": lambda: self.map_routers(seed, model)}[mean]()
+            with attach_routers(model, method, layers=layers, inference=fitted_for, num_samples=samples, seed=seed, prior_mean=centre,
+                                **options) as routers:
+                resume = self.store.root / "unfinished" / fingerprint(config)[:12]  # outlives a killed build
+                if fitted:
+                    routers.fit(self._router_loader(seed), self.loader(self.task["validation"]), checkpoint=resume, **loop)
+                routers.save(folder / "routers")
+
+        routers = Routers.load(self.store.folder("routers", config, build, modules=ROUTING) / "routers", model)
+        routers.inference = inference
+        return routers
+
+    def router_predictions(self, seed: int, method: str, split: str = "test", *, inference: str = "inside", num_samples: int | None = -1,
+                           **which) -> Predictions:
+        """Predictions, with their signals, of :meth:`routers` on a split's first ``router_items``; ``num_samples``: samples or
+        passes, by default the profile's; None: without sampling."""
+        if num_samples == -1:
+            num_samples = self.router_samples if inference == "inside" else self.router_passes
+        config = {**self._router_config(seed, method, inference, num_samples, which.get("prior_mean") or self.router_mean),
+                  "members": self.members, "validation": self.validation_passes} | which
+
+        def predictor() -> Callable:
+            routers = self.routers(seed, method, inference=inference, **which)
+            routers.num_samples = num_samples
+            return routers
+
+        return self.predictions("routers", split, config, predictor, items=self.router_items, modules=ROUTING)
+
+    def stability(self, seed: int, gamma: float, method: str | None = None, *, where: str = "embedding", fresh: bool = True,
+                  num_samples: int | None = -1, **which) -> torch.Tensor:
+        """Mean Jaccard overlap per layer ``[L]`` under noise on the first ``noise_items`` test questions
+        (:func:`stability.routing_stability`); of the MAP model itself where no ``method`` is named."""
+        which |= {} if num_samples == -1 else {"samples": num_samples}
+        config = {**self._router_config(seed, method, gamma, where, fresh, self.router_mean), "items": self.noise_items,
+                  "samples": self.router_samples} | which
+        which.pop("samples", None)
+
+        def compute() -> dict:
+            items = self.loader(self.task["test"].subset(self.noise_items))
+            if method is None:
+                return {"jaccard": routing_stability(self.map_model(seed), items, gamma, where, seed=seed)}
+            with self.routers(seed, method, **which) as routers:
+                if num_samples != -1:
+                    routers.num_samples = num_samples
+                return {"jaccard": routing_stability(routers.model, items, gamma, where, routers=routers, fresh=fresh, seed=seed)}
+
+        return self.store.arrays("stability", config, compute, modules=(*ROUTING, "stability"))["jaccard"]
+
+    def noisy_predictions(self, seed: int, gamma: float, where: str) -> Predictions:
+        """The MAP model's predictions on the first ``noise_items`` test questions under noise (:func:`stability.perturbed`)."""
+        config = {"map": self.map_folder(seed).name, "gamma": gamma, "where": where}
+
+        def predictor() -> Callable:
+            model = self.map_model(seed)
+            numbers = count()
+
+            def predict_noisily(batch: Mapping) -> torch.Tensor:
+                with torch.no_grad(), perturbed(model, batch["attention_mask"], gamma, where, seed * 100_003 + next(numbers)):
+                    return models.option_logits(model, batch).softmax(-1)
+
+            return predict_noisily
+
+        return self.predictions("noisy", "test", config, predictor, items=self.noise_items, modules=(*ROUTING, "stability"))
+
+    def susceptible_layers(self, seed: int, temperature: float = 1.0) -> list[int]:
+        """The third of the MoE layers (at least one) whose answers' validation NLL moves most when that layer alone samples its
+        experts at ``temperature``, in the model's order."""
+        plain = self.router_predictions(seed, "deterministic", "validation").summary()["nll"]
+        number = len(find_routers(self.map_model(seed)))
+        moved = [abs(self.router_predictions(seed, "temperature", "validation", layers=[i], temperature=temperature).summary()["nll"] - plain)
+                 for i in range(number)]
+        return sorted(sorted(range(number), key=lambda i: -moved[i])[: max(1, number // 3)])

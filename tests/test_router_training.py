@@ -12,7 +12,7 @@ from bmoe_utils.capture import capturing
 from bmoe_utils.checkpoint import Checkpoint
 from bmoe_utils.models import option_logits
 from bmoe_utils.router_families import FAMILIES
-from bmoe_utils.router_training import fit_routers, router_gradients, validation_nll
+from bmoe_utils.router_training import fit_routers, router_gradients, validate
 from bmoe_utils.routers import Routers, attach_routers, find_routers
 from bmoe_utils.train import answer_nll
 
@@ -156,7 +156,7 @@ def test_the_best_state_on_the_validation_set_is_kept(method):
         for member in {row["member"] for row in history}:
             curve = [row["val_nll"] for row in history if row["member"] == member]
             assert min(curve) < curve[-1]  # it did overfit, so that keeping the last state would show
-            assert validation_nll(routers, val, member) == pytest.approx(min(curve), rel=1e-9)
+            assert validate(routers, val, member)[0] == pytest.approx(min(curve), rel=1e-9)
     with attach_routers(model, method, num_samples=4, **options) as routers:
         short = fit(routers, train, val, epochs=12, lr=0.05, patience=2)
     curve = [row["val_nll"] for row in short if row["member"] == 0]
@@ -169,7 +169,7 @@ def test_validation_is_what_the_routers_predict():
         with attach_routers(model, "mfvr", num_samples=3, inference=inference) as routers:
             stir(routers)
             p = routers(batch).gather(1, batch["labels"][:, None])
-            assert validation_nll(routers, [batch]) == pytest.approx(float(-p.log().mean()))
+            assert validate(routers, [batch])[0] == pytest.approx(float(-p.log().mean()))
 
 
 @pytest.mark.parametrize("method", ["mfvr", "swag", "laplace"])
@@ -384,7 +384,7 @@ def test_the_laplace_posterior_narrows_the_prior_and_its_precision_is_the_grids_
         nll = {row["prior_precision"]: row["val_nll"] for row in history}
         assert list(nll) == [0.1, 1.0, 10.0, 1e3]
         assert float(routers.families[0].precision) == min(nll, key=nll.get)
-        assert validation_nll(routers, [val]) == pytest.approx(min(nll.values()), rel=1e-6)
+        assert validate(routers, [val])[0] == pytest.approx(min(nll.values()), rel=1e-6)
     with attach_routers(model, "laplace") as routers:
         fit(routers, [batch], rank=3)
         assert routers.families[0].basis_a.shape == (16, 3)
