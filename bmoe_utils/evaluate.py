@@ -24,6 +24,7 @@ COLUMNS = {
     "mce": ("MCE", "↓"),
     "brier": ("Brier", "↓"),
     "kl": ("KL", "↓"),
+    "jaccard": ("Jaccard", "↑"),
 }
 
 

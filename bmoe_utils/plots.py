@@ -65,10 +65,13 @@ METHODS = {
     "router_laplace": Style("Laplace router", "#660f05", ">"),
     # routers in logit space: pinks
     "router_mfvr": Style("MFVR", "#e29ac6", "o"),
+    "router_mfvr_wide": Style("MFVR (prior by val.)", "#c76aa6", "D"),
     "router_fcvr": Style("FCVR", "#b0448a", "p"),
     # routers in selection space: violets
     "router_temperature": Style("Temperature sampling", "#a08be0", "8"),
-    "router_vtsr": Style("VTSR", "#5b3fb8", "*"),
+    "router_vtsr": Style("VTSR (published)", "#5b3fb8", "*"),
+    "router_vtsr_kl": Style("VTSR (KL)", "#8468d6", "h"),
+    "router_random": Style("Experts at random", "#8c8c8c", "X"),
     # experts and routers together
     "joint": Style("Experts + router", "#4a0033", "d"),
 }

@@ -23,18 +23,20 @@ CPU = {
     "router_mean": "current", "router_epochs": 5, "router_lr": 1e-3, "beta": 0.01, "patience": 1, "accumulation": 1,
     "router_precisions": [0.01, 0.1, 1.0, 10.0, 100.0, 1000.0],
     # samples of an inside average, passes of whole-model inference (fewer where only the validation NLL is followed), members
-    # of an ensemble, test items of the routers' tables, items on which routing's stability is measured
-    "router_samples": 35, "router_passes": 10, "validation_passes": 5, "members": 3, "router_items": 1000, "noise_items": 300,
+    # of an ensemble; validation and test items of the routers' fits and tables, items on which routing's stability is measured
+    "router_samples": 35, "router_passes": 10, "validation_passes": 5, "members": 3, "router_validation": 250,
+    "router_items": 1000, "noise_items": 300,
     "gammas": [0.001, 0.002, 0.005, 0.007, 0.01, 0.02, 0.05, 0.1],
 }  # fmt: skip
 # The routers' loop of arXiv 2509.23830 and 2603.09453 for large models: LoRA on the attention, then the routers alone.
-PAPER_ROUTERS = {"regimes": {"lora": {}}, "router_mean": "tuned", "router_epochs": 3, "router_lr": 1e-4}
+PAPER_ROUTERS = {"regimes": {"lora": {}}, "router_mean": "tuned", "router_epochs": 3, "router_lr": 1e-4,
+                 "router_passes": 35, "router_validation": 50, "router_items": 500}
 PROFILES = {
     "smoke": CPU | {
         "seeds": [0, 1], "width": 32, "layers": 2, "experts": 4, "expert_width": 32, "pretrain_lines": 20_000,
         "pretrain_steps": 150, "train_size": 100, "epochs": 12, "lr": 2e-3, "test_size": 200, "sizes": [50, 100], "exact_items": 40,
         "mc_samples": 200, "router_epochs": 2, "router_lr": 5e-3, "router_passes": 3, "validation_passes": 2, "members": 2,
-        "router_items": 100, "noise_items": 40, "gammas": [0.01, 0.05],
+        "router_validation": 40, "router_items": 100, "noise_items": 40, "gammas": [0.01, 0.05],
         "regimes": {"full": {}, "lora": {"method": "lora", "lr": 1e-2, "router_mean": "tuned", "curves": False}},
     },
     "cpu": CPU,

@@ -57,12 +57,12 @@ def two_inferences(inside, whole, metric, ax, *, references=(), legend=True):
     return ax
 
 
-def matrix(values, ax, *, rows, columns, label, low=None, high=None, centre=None, digits=2, annotate=True):
+def matrix(values, ax, *, rows, columns, label, low=None, high=None, centre=None, digits=2, annotate=True, bar=True):
     """A table of numbers as colours, with the numbers in it; NaN stays blank. Diverging around `centre` where it is given."""
     values = to_numpy(values).astype(float)
     shade = sns.diverging_palette(230, 20, as_cmap=True) if centre is not None else sns.light_palette("#0072b2", as_cmap=True)
     sns.heatmap(values, ax=ax, vmin=low, vmax=high, center=centre, cmap=shade, annot=annotate, fmt=f".{digits}f", linewidths=0.5,
-                xticklabels=columns, yticklabels=rows, mask=~np.isfinite(values), cbar_kws={"label": label}, annot_kws={"fontsize": 11})
+                xticklabels=columns, yticklabels=rows, mask=~np.isfinite(values), cbar=bar, cbar_kws={"label": label} if bar else None, annot_kws={"fontsize": 11})
     ax.tick_params(axis="x", rotation=40, length=0)
     ax.tick_params(axis="y", rotation=0, length=0)
     for tick in ax.get_xticklabels():

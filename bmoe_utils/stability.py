@@ -77,6 +77,22 @@ def chosen_experts(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, T
     return found
 
 
+@torch.no_grad()
+def router_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Router name -> what it reads of every real token of the batch, ``u [n, d]``."""
+    batch, found = to_device(batch, model), {}
+    real = batch["attention_mask"].bool().flatten()
+
+    def keep(name: str):
+        def hook(module, args):
+            found[name] = args[0].reshape(len(real), -1)[real.to(args[0].device)]
+        return hook
+
+    with _hooked([m.register_forward_pre_hook(keep(name)) for name, m in find_routers(model).items()]):
+        option_logits(model, batch)
+    return found
+
+
 def routing_stability(model: nn.Module, loader: Iterable[Mapping[str, Tensor]], gamma: float, where: str = "embedding", *,
                       routers: Routers | None = None, fresh: bool = True, seed: int = 0) -> Tensor:
     """Mean Jaccard overlap per layer, float64 ``[L]``, of the experts chosen with and without noise; over all real tokens.

@@ -309,13 +309,15 @@ class Study:
         config = self._router_config(seed, "validation_nll") | {"epochs": self.router_epochs}
 
         def compute() -> dict:
-            return tune_routers(model or self.map_model(seed), self._router_loader(seed), self.loader(self.task["validation"]),
-                                **self._loop(seed))
+            return tune_routers(model or self.map_model(seed), self._router_loader(seed), self._router_validation(), **self._loop(seed))
 
         return self.store.arrays("map_routers", config, compute, modules=ROUTING)
 
     def _router_loader(self, seed: int):
         return self.loader(self.train_items(seed), batch_size=self.batch_size)
+
+    def _router_validation(self):
+        return self.loader(self.task["validation"].subset(self.router_validation))
 
     def _loop(self, seed: int) -> dict:
         return {"epochs": self.router_epochs, "lr": self.router_lr, "beta": self.beta, "patience": self.patience,
@@ -323,7 +325,7 @@ class Study:
 
     def _router_config(self, seed: int, *which) -> dict:
         return {"map": self.map_folder(seed).name, "loop": self._loop(seed), "batch": self.batch_size, "data": self.data_key,
-                "which": list(which)}
+                "validation": self.router_validation, "which": list(which)}
 
     def routers(self, seed: int, method: str, *, inference: str = "inside", layers: str | list = "all", prior_mean: str | None = None,
                 loop: Mapping | None = None, fitted: bool = True, model: nn.Module | None = None, **options) -> Routers:
@@ -351,7 +353,7 @@ class Study:
                                 **options) as routers:
                 resume = self.store.root / "unfinished" / fingerprint(config)[:12]  # outlives a killed build
                 if fitted:
-                    routers.fit(self._router_loader(seed), self.loader(self.task["validation"]), checkpoint=resume, **loop)
+                    routers.fit(self._router_loader(seed), self._router_validation(), checkpoint=resume, **loop)
                 routers.save(folder / "routers")
 
         routers = Routers.load(self.store.folder("routers", config, build, modules=ROUTING) / "routers", model)
@@ -365,7 +367,7 @@ class Study:
         if num_samples == -1:
             num_samples = self.router_samples if inference == "inside" else self.router_passes
         config = {**self._router_config(seed, method, inference, num_samples, which.get("prior_mean") or self.router_mean),
-                  "members": self.members, "validation": self.validation_passes} | which
+                  "members": self.members, "passes": self.validation_passes} | which
 
         def predictor() -> Callable:
             routers = self.routers(seed, method, inference=inference, **which)
