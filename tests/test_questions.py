@@ -150,6 +150,18 @@ def test_sharded_parquet_as_the_hub_names_it(tmp_path):
         bm.load_task(tmp_path)
 
 
+@pytest.mark.parametrize("answer", ["", "0", "3", "A"])
+def test_where_a_layout_has_labels_of_its_own_nothing_else_counts(answer):
+    """WinoGrande's 1 and 2 are no indices, and its unlabelled rows have an empty answer."""
+    row = {"sentence": "Ann thanked Bea since _ helped.", "option1": "Ann", "option2": "Bea"}
+    assert [to_item(row | {"answer": a})["answer"] for a in ("1", "2")] == [0, 1]
+    with pytest.raises(ValueError, match=f"answer '{answer}' is no index, letter or text of the options"):
+        to_item(row | {"answer": answer})
+    labelled = {"question": "q?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}}
+    with pytest.raises(ValueError, match=f"answer '{answer}' is no index"):
+        to_item(labelled | {"answerKey": answer})
+
+
 # ---- right errors ---------------------------------------------------------------------------------------------------
 def test_more_than_twenty_malformed_rows_are_all_named_by_file_and_line(tmp_path):
     assert len(BAD) >= 20
