@@ -1,167 +1,210 @@
-"""Questions: loading them, laying them out as prompts, and batching them with their options' tokens."""
+"""Tasks by name or path: their splits, and where each came from. The hub's sets are listed in :mod:`.hub`."""
 
 from __future__ import annotations
 
-import json
 import random
-import string
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import pandas
-import pyarrow.parquet
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from . import hub
+from .prompts import length_batches, make_loader, option_token, options, prompt, same_question
+from .questions import LETTERS, SUFFIXES, MalformedQuestions, named_item, read_questions, to_items
+from .world import build_splits, load_world, pretraining_lines, world_file
 
-from .world import build_splits, cloze_prompt, load_world, pretraining_lines
+__all__ = ["MalformedQuestions", "Split", "Task", "draw", "learning_texts", "length_batches", "load_task", "make_loader",
+           "option_token", "options", "prompt", "read_questions"]  # fmt: skip
 
-LETTERS = string.ascii_uppercase
 VALIDATION_SHARE = 0.1
+TEST_SHARE = 0.2  # of a single file
 
 
 class Split(list):
-    """A list of items ``{"id", "question", "choices": [...], "answer": int}`` (and ``"p_star"`` where it is known) that
-    knows how its questions are read out: ``letters`` at ``Answer:``, or ``cloze``, the option's own word there."""
+    """A list of items ``{"id", "question", "choices": [...], "answer": int}`` (and ``"passage"``, ``"p_star"`` where there is
+    one) that knows how its questions are read out: ``letters`` at ``Answer:``, or ``cloze``, the option's own word there.
 
-    def __init__(self, items: Sequence[dict], readout: str):
+    ``origin``, JSON values to write beside results: ``task``, ``split``, ``source`` (repository or path), ``revision`` (the
+    commit, or the files' sha256), ``seed`` (of what was held out), and what was ``left_out``: a reason by the item's id.
+    """
+
+    def __init__(self, items: Sequence[dict], readout: str, origin: Mapping | None = None):
         super().__init__(items)
         self.readout = readout
+        self.origin = dict(origin or {})
 
     def subset(self, n: int | None) -> Split:
         """The first ``n`` items (all if None or more than there are)."""
-        return Split(self[:n], self.readout)
+        return Split(self[:n], self.readout, self.origin)
 
 
-def load_task(name: str | Path, *, seed: int = 0, readout: str | None = None) -> dict[str, Split]:
-    """Splits of a task by name: ``"world"`` (the embedded one, with the true ``p_star``) or a folder of question files.
+class Task(dict):
+    """A task's splits by name. One that it does not have is a ``KeyError`` that says which there are."""
 
-    A folder holds ``train`` and ``test`` (and ``validation``, else a seeded tenth of train is cut off for it; never the
-    reverse) as ``.parquet``, ``.jsonl``, ``.json`` or ``.csv``, one row a question: ``question`` with ``choices`` and ``answer``
-    (index, letter or text), or the hub's layouts of OpenBookQA, ARC and BoolQ. ``readout`` defaults to ``cloze`` where
-    every option is one of a few recurring single words (yes / no), to ``letters`` elsewhere.
+    def __init__(self, name: str, splits: Mapping[str, Split]):
+        super().__init__(splits)
+        self.name = name
+
+    def __missing__(self, split: str) -> Split:
+        raise KeyError(f"the task {self.name} has no split {split!r}; it has: {', '.join(self)}")
+
+
+def load_task(name: str | Path, *, seed: int = 0, readout: str | None = None, source: str | Path | None = None) -> Task:
+    """Splits of a task: ``"world"``, a question set of the papers by name, or a user's own files by path.
+
+    ``"world"``: the embedded one, with the true ``p_star``.
+    ``openbookqa``, ``arc_easy``, ``arc_challenge``, ``winogrande_s``, ``winogrande_m``, ``boolq``, ``sciq``, ``medmcqa``,
+    ``commonsenseqa``, ``mmlu:<subject>``: from the hub's cache, downloaded where it is not there yet, at a fixed commit; or
+    from ``source``, a folder with the repository's parquet files. Which hub split serves as what: :mod:`bmoe_utils.hub`.
+    A folder: ``train`` and ``test`` (and ``validation``, else a seeded tenth of train is cut off for it; never the reverse)
+    as ``.parquet``, ``.jsonl``, ``.json`` or ``.csv``, or saved by the datasets library (``save_to_disk``). A single such
+    file: a seeded fifth of it is test, a tenth of the rest validation. One row a question: ``question`` with 2 to 26
+    ``choices`` and ``answer`` (index from 0, letter or text) and optionally ``passage`` and ``id``, or any of the hub's
+    layouts. Malformed rows are all named, none is dropped.
+
+    Args:
+        seed: of what is cut off the training rows; of the questions themselves in ``"world"``.
+        readout: by default ``cloze`` where every option is one of a few recurring single words (yes / no), else ``letters``.
     """
-    if str(name) == "world":
-        return {k: Split(v, readout or "cloze") for k, v in build_splits(load_world(), seed=seed).items()}
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"task {str(name)!r} is neither 'world' nor a folder with train and test questions "
-                         "(.parquet, .jsonl, .json or .csv)")
-    splits = {}
-    for split in ("train", "validation", "test"):
-        files = [folder / f"{split}{ext}" for ext in (".parquet", ".jsonl", ".json", ".csv")]
-        if found := [f for f in files if f.exists()]:
-            splits[split] = read_questions(found[0])
-    if missing := {"train", "test"} - set(splits):
-        raise ValueError(f"{folder} has no {' and no '.join(sorted(missing))} file (.parquet, .jsonl, .json or .csv)")
-    if "validation" not in splits:
-        items = splits["train"]
-        random.Random(seed).shuffle(items)
-        cut = max(1, round(VALIDATION_SHARE * len(items)))
-        same = lambda item: (item["question"], *sorted(item["choices"]))
-        held = {same(item) for item in items[:cut]}  # a question asked twice goes to one side
-        splits["validation"] = [item for item in items if same(item) in held]
-        splits["train"] = [item for item in items if same(item) not in held]
-    words = {c for item in splits["train"] for c in item["choices"]}
-    readout = readout or ("cloze" if len(words) <= 10 and all(w.isalpha() for w in words) else "letters")
-    return {k: Split(splits[k], readout) for k in ("train", "validation", "test")}
+    name = str(name)
+    task = hub.hub_task(name)
+    if source is not None and task is None:
+        raise ValueError(f"source is for the hub's question sets ({', '.join(hub.NAMES)}), not for {name!r}")
+    if name == "world":
+        splits = build_splits(load_world(), seed=seed)
+        origin = {"source": "embedded world", "revision": hub.content_hash([world_file()]), "seed": seed, "left_out": {}}
+        return _task(name, splits, dict.fromkeys(splits, origin), readout or "cloze")
+    if task is not None:
+        return _task(name, *_hub_splits(name, task, seed, source), readout)
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise ValueError(f"task {name!r} is neither 'world' nor a set of the hub ({', '.join(hub.NAMES)}) nor a file or folder "
+                         "of questions (.parquet, .jsonl, .json or .csv, or a folder of the datasets library)")
+    return _task(name, *_own_splits(path, seed), readout)
 
 
-def read_questions(path: Path) -> list[dict]:
-    """The items of one file. ``ValueError`` names file, row and fault of the first malformed rows; none is dropped."""
-    rows, faults = [], []  # rows: (number, parsed row)
-    if path.suffix == ".parquet":
-        rows = list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
-    elif path.suffix == ".csv":  # as text: a reader that guesses types would turn answers into numbers and booleans
-        table = pandas.read_csv(path, dtype=str, keep_default_na=False)
-        rows = list(enumerate(table.to_dict("records"), 1))
+def _task(name: str, splits: Mapping[str, list[dict]], origins: Mapping[str, dict], readout: str | None) -> Task:
+    if readout is None:
+        words = {c for item in next(iter(splits.values())) for c in item["choices"]}
+        readout = "cloze" if len(words) <= 10 and all(w.isalpha() for w in words) else "letters"
+    return Task(name, {k: Split(v, readout, {"task": name, "split": k, **origins[k]}) for k, v in splits.items()})
+
+
+# ---- the hub's sets -------------------------------------------------------------------------------------------------
+def _hub_splits(name: str, task: hub.HubTask, seed: int, source: str | Path | None) -> tuple[dict, dict]:
+    if source is None:
+        files = {split: [file] for split, file in hub.cached_files(task).items()}
     else:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".json" and text.lstrip().startswith("["):
-            try:
-                rows = list(enumerate(json.loads(text), 1))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} is not JSON: {error}") from None
-        else:  # only newlines end a row: JSON strings may hold other line separators
-            for number, line in enumerate(text.rstrip().split("\n"), 1):
-                try:
-                    rows.append((number, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    faults.append((number, f"not JSON ({error})"))
-    items = []
-    for number, row in rows:
+        files = hub.local_files(task, Path(source).expanduser())
+    splits, origins = {}, {}
+    for split, paths in files.items():
+        splits[split], left_out = _hub_items(name, task, split, paths)
+        revision = task.revision if source is None else hub.content_hash(paths)
+        origins[split] = {"source": task.repo, "configuration": task.folder, "hub_split": task.splits[split],
+                          "revision": revision, "seed": None, "left_out": left_out}
+    if left_out := sum(len(o["left_out"]) for o in origins.values()):
+        warnings.warn(f"{name}: {left_out} rows left out, being no questions; each split's origin names them", stacklevel=3)
+    if "train" in splits:
+        for held in ("validation", "test"):
+            splits["train"], double = _without(splits["train"], splits.get(held, ()))
+            origins["train"]["left_out"] |= {item["id"]: f"also in {held}" for item in double}
+        if "validation" not in splits:
+            splits["train"], splits["validation"] = hold_out(splits["train"], seed, VALIDATION_SHARE)
+            origins["validation"] = origins["train"] = origins["train"] | {"seed": seed}
+    return {k: splits[k] for k in ("train", "validation", "test", "dev") if k in splits}, origins
+
+
+def _hub_items(name: str, task: hub.HubTask, split: str, paths: list[Path]) -> tuple[list[dict], dict[str, str]]:
+    """A split's items, and why what is missing among them is missing: nobody can mend the hub's rows."""
+    items, left_out = [], {}
+    for number, row in enumerate(hub.hub_rows(task, paths), 1):
+        default = f"{name}-{task.splits[split]}-{number:05d}"
         try:
-            if not isinstance(row, dict):
-                raise ValueError(f"a question is an object with fields, not {row!r}")
-            name = row.get("id")
-            items.append({"id": f"{path.stem}-{number:05d}" if name in (None, "") else str(name), **_item(row)})
-        except (ValueError, KeyError, TypeError) as error:
-            faults.append((number, f"no field {error}" if isinstance(error, KeyError) else str(error)))
-    if not items and (not faults or not path.read_bytes().strip()):
-        raise ValueError(f"{path} holds no question")
-    if faults:
-        shown = [f"row {number}: {reason}" for number, reason in sorted(faults)]
-        shown = "\n  ".join(shown[:10]) + (f"\n  and {len(faults) - 10} more" if len(faults) > 10 else "")
-        raise ValueError(f"{path}: {len(faults)} malformed of {len(items) + len(faults)} questions\n  {shown}")
-    return items
+            items.append(named_item(row, default))
+        except ValueError as error:
+            left_out[str(row.get("id") or default)] = str(error)
+    if not items:
+        raise ValueError(f"{', '.join(map(str, paths))}: no question of {name} among {len(left_out)} rows")
+    return items, left_out
 
 
-def _item(row: dict) -> dict:
-    """One row in any of the known layouts -> question, choices and answer index."""
-    question = row.get("question") or row.get("question_stem")
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError("the question is empty")
-    choices = row.get("choices")
-    labels = None
-    if choices is None and isinstance(row["answer"], bool):  # BoolQ
-        return {"question": question.strip(), "choices": ["no", "yes"], "answer": int(row["answer"])}
-    if isinstance(choices, str):  # csv: choices as a JSON list
-        choices = json.loads(choices)
-    if isinstance(choices, dict):  # OpenBookQA, ARC: {"text": [...], "label": [...]}
-        choices, labels = choices["text"], [str(x) for x in choices["label"]]
-    if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
-        raise ValueError(f"choices must be a list of 2 to {len(LETTERS)} options")
-    choices = [str(c).strip() for c in choices]
-    if not all(choices):
-        raise ValueError("an option is empty")
-    answer = row["answerKey"] if "answerKey" in row else row["answer"]
-    labels = labels or list(LETTERS[: len(choices)])
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        index = answer
-    elif str(answer).strip() in labels:
-        index = labels.index(str(answer).strip())
-    elif choices.count(str(answer).strip()) == 1:
-        index = choices.index(str(answer).strip())
-    elif str(answer).strip().isdigit():
-        index = int(answer)
+# ---- a user's own ---------------------------------------------------------------------------------------------------
+def _own_splits(path: Path, seed: int) -> tuple[dict, dict]:
+    splits, files = {}, {}
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"{path}: questions are read from {', '.join(SUFFIXES)}")
+        splits["all"], files["all"] = read_questions(path), [path]
+    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        splits, files = _saved_splits(path)
     else:
-        raise ValueError(f"answer {answer!r} is no index, letter or text of the options")
-    if not 0 <= index < len(choices):
-        raise ValueError(f"answer {answer!r} is not among the {len(choices)} options")
-    if choices.count(choices[index]) > 1:  # a wrong option may be there twice (OpenBookQA has such rows), the right one not
-        raise ValueError(f"the right option {choices[index]!r} is there twice")
-    return {"question": question.strip(), "choices": choices, "answer": index}
+        files = {split: found for split in ("train", "validation", "test") if (found := hub.split_files(path, split))}
+        splits = _read_all(files)
+    seeds = dict.fromkeys(splits)
+    if "all" in splits:
+        splits["train"], splits["test"] = hold_out(splits.pop("all"), seed, TEST_SHARE)
+        files, seeds = dict.fromkeys(splits, files["all"]), dict.fromkeys(splits, seed)
+    if missing := {"train", "test"} - set(splits):
+        raise ValueError(f"{path} has no {' and no '.join(sorted(missing))} file ({', '.join(SUFFIXES)})")
+    for held in ("validation", "test"):
+        if double := _without(splits["train"], splits.get(held, ()))[1]:
+            first = double[0]["id"]
+            warnings.warn(f"{path}: of the training questions {len(double)} are also in {held}, first {first!r}", stacklevel=3)
+    if "validation" not in splits:
+        splits["train"], splits["validation"] = hold_out(splits["train"], seed, VALIDATION_SHARE)
+        files["validation"], seeds["train"], seeds["validation"] = files["train"], seed, seed
+    revisions = {k: hub.content_hash(files[k]) for k in splits}
+    origins = {k: {"source": str(path), "revision": revisions[k], "seed": seeds[k], "left_out": {}} for k in splits}
+    return {k: splits[k] for k in ("train", "validation", "test")}, origins
 
 
-def prompt(item: dict, readout: str) -> str:
-    """What the model reads; it ends in ``Answer:`` and the option's token (with its leading space) comes next."""
-    if readout == "cloze":
-        return cloze_prompt(item["question"])
-    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, item["choices"], strict=False))
-    return f"Question: {item['question']}\n{options}\nAnswer:"
+def _read_all(files: Mapping[str, list[Path]]) -> dict[str, list[dict]]:
+    """The items of every split's files; malformed rows are named for all files at once."""
+    splits, faults = {split: [] for split in files}, []
+    for split, paths in files.items():
+        for path in paths:
+            try:
+                splits[split] += read_questions(path)
+            except MalformedQuestions as error:
+                faults.append(error)
+    if faults:
+        raise faults[0] if len(faults) == 1 else ValueError("\n".join(map(str, faults)))
+    return splits
 
 
-def options(item: dict, readout: str) -> list[str]:
-    """The texts whose tokens read out the options: letters or the option words, each with its leading space."""
-    return [f" {w}" for w in (item["choices"] if readout == "cloze" else LETTERS[: len(item["choices"])])]
+def _saved_splits(path: Path) -> tuple[dict, dict]:
+    """The items of what ``save_to_disk`` wrote, of a dataset (as ``all``) or of several by split, and the files of each."""
+    from datasets import load_from_disk
+
+    saved = load_from_disk(path)
+    parts = {k: saved[k] for k in ("train", "validation", "test") if k in saved} if isinstance(saved, dict) else {"all": saved}
+    folders = {k: path if k == "all" else path / k for k in parts}
+    return ({k: to_items(enumerate(part, 1), where=folders[k], unit="row", prefix=k) for k, part in parts.items()},
+            {k: sorted(folder.glob("*.arrow")) for k, folder in folders.items()})
+
+
+# ---- parts of a split -----------------------------------------------------------------------------------------------
+def hold_out(items: list[dict], seed: int, share: float) -> tuple[list[dict], list[dict]]:
+    """The items in seeded order without a ``share`` of them, and that share; a question asked twice goes to one side."""
+    items = list(items)
+    random.Random(seed).shuffle(items)
+    cut = max(1, round(share * len(items)))
+    rest, held = _without(items, items[:cut])
+    if not rest:
+        raise ValueError(f"{len(items)} questions are too few to hold some of them out")
+    return rest, held
+
+
+def _without(items: Sequence[dict], held: Iterable[dict]) -> tuple[list[dict], list[dict]]:
+    """The items that ask nothing that ``held`` asks, and the others."""
+    asked = {same_question(item) for item in held}
+    return [i for i in items if same_question(i) not in asked], [i for i in items if same_question(i) in asked]
 
 
 def draw(pool: Split, seed: int, size: int | None) -> Split:
     """A seeded sample of ``size`` items (all if None) in seeded order; nested in ``size``."""
     order = list(range(len(pool)))
     random.Random(1000 + seed).shuffle(order)
-    return Split([pool[i] for i in order[:size]], pool.readout)
+    return Split([pool[i] for i in order[:size]], pool.readout, pool.origin)
 
 
 def learning_texts(name: str, train: Split, lines: int) -> tuple[list[str], list[str]]:
@@ -176,73 +219,3 @@ def learning_texts(name: str, train: Split, lines: int) -> tuple[list[str], list
         return pretraining_lines(world, lines), sorted(values)
     words = {word for item in train for word in item["choices"]} if train.readout == "cloze" else LETTERS
     return [prompt(item, train.readout) for item in train], sorted(words)
-
-
-def option_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """The id of an option's only token. ``ValueError`` if it has more than one."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        what = "unknown to" if len(ids) == 1 else f"{len(ids)} tokens for"
-        raise ValueError(f"the option {text!r} is {what} this tokenizer; its read-out needs one token of its own. Read out by "
-                         "letters, or use a tokenizer trained on these options")
-    return ids[0]
-
-
-def make_loader(
-    items: Sequence[dict],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    batch_size: int = 16,
-    readout: str | None = None,
-    shuffle: bool = False,
-    seed: int = 0,
-    max_length: int | None = None,
-) -> DataLoader:
-    """Batches of prompts, padded on the left: a dict of ``input_ids [B, T]``, ``attention_mask [B, T]``,
-    ``option_ids [B, C]`` (-1: fewer options), ``labels [B]`` (-1: unknown), and ``p_star [B, C]`` where every item has it.
-
-    ``readout``: ``letters`` or ``cloze``; the split's own by default. Prompts are never cut: ``ValueError`` if one is
-    longer than ``max_length`` tokens.
-    """
-    readout = readout or getattr(items, "readout", "letters")
-    if readout not in ("letters", "cloze"):
-        raise ValueError(f"readout {readout!r} is not 'letters' or 'cloze'")
-    token = {}  # each option text is checked once
-    encoded = []
-    for item in items:
-        ids = tokenizer.encode(prompt(item, readout), add_special_tokens=True)
-        if max_length is not None and len(ids) > max_length:
-            raise ValueError(f"question {item['id']!r} is {len(ids)} tokens long, more than max_length={max_length}")
-        for text in options(item, readout):
-            token.setdefault(text, None)
-            if token[text] is None:
-                token[text] = option_token(tokenizer, text)
-        option_ids = [token[text] for text in options(item, readout)]
-        if len(set(option_ids)) < len(option_ids):
-            raise ValueError(f"question {item['id']!r}: two options share a token")
-        encoded.append((ids, option_ids, item["answer"] if item.get("answer") is not None else -1, item.get("p_star")))
-
-    def collate(rows: list) -> dict[str, Tensor]:
-        T, C = max(len(r[0]) for r in rows), max(len(r[1]) for r in rows)
-        batch = {
-            "input_ids": torch.tensor([[tokenizer.pad_token_id] * (T - len(r[0])) + r[0] for r in rows]),
-            "attention_mask": torch.tensor([[0] * (T - len(r[0])) + [1] * len(r[0]) for r in rows]),
-            "option_ids": torch.tensor([r[1] + [-1] * (C - len(r[1])) for r in rows]),
-            "labels": torch.tensor([r[2] for r in rows]),
-        }
-        if all(r[3] is not None for r in rows):
-            batch["p_star"] = torch.tensor([list(r[3]) + [0.0] * (C - len(r[3])) for r in rows], dtype=torch.float64)
-        return batch
-
-    generator = torch.Generator().manual_seed(seed)
-    return DataLoader(encoded, batch_size, shuffle=shuffle, generator=generator, collate_fn=collate)
-
-
-def length_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless seeded batches of indices of similar length, so that little of a batch is padding."""
-    rng = random.Random(seed)
-    while True:
-        order = sorted(range(len(lengths)), key=lambda i: (lengths[i], rng.random()))
-        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        rng.shuffle(batches)
-        yield from batches

@@ -12,7 +12,7 @@ import torch
 
 import bmoe_utils as bm
 from bmoe_utils.models import train_tokenizer
-from bmoe_utils.tasks import Split, length_batches, read_questions
+from bmoe_utils.tasks import MalformedQuestions, Split, length_batches, read_questions
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,8 @@ def test_answers_by_index_letter_and_text_in_every_format(write, suffix, answers
         rows = [plain(f"wie, \"{i}\"?", a, choices) for i, a in enumerate(answers)]
     write(tmp_path / f"some{suffix}", rows)
     items = read_questions(tmp_path / f"some{suffix}")
-    assert items == [{"id": f"some-0000{i + 1}", "question": f"wie, \"{i}\"?", "choices": choices, "answer": a}
+    first = 2 if write is csv_file else 1  # the header is a CSV file's first line
+    assert items == [{"id": f"some-0000{i + first}", "question": f"wie, \"{i}\"?", "choices": choices, "answer": a}
                      for i, a in enumerate([2, 0, 1])]
 
 
@@ -120,7 +121,7 @@ def test_jsonl_rows_end_at_newlines_only(separator, tmp_path):
 def test_a_wrong_option_given_twice_is_kept_for_letters(tmp_path):
     """Three training questions of OpenBookQA are like that; letters tell the two apart."""
     rows = [hub("what holds a tree up?", ["sky", "roots", "sky", "leaves"], list("ABCD"), "B", "question_stem")]
-    own_task(tmp_path / "own", train=rows * 12, test=rows)
+    own_task(tmp_path / "own", train=rows + [plain(f"q{i}?", 0) for i in range(12)], test=rows)
     assert bm.load_task(tmp_path / "own", readout="letters")["test"][0]["choices"] == ["sky", "roots", "sky", "leaves"]
 
 
@@ -156,23 +157,25 @@ def test_every_malformed_row_is_named_with_file_row_and_reason(tmp_path):
     assert len(lines) == len(MALFORMED) + 1
     said = {line.split(":")[0].strip(): line for line in lines}
     for number, reason in enumerate(MALFORMED, 1):
-        assert reason in said[f"row {2 * number}"]
-    assert "not JSON" in said[f"row {2 * len(MALFORMED) + 1}"]
+        assert reason in said[f"line {2 * number}"]
+    assert "not JSON" in said[f"line {2 * len(MALFORMED) + 1}"]
 
 
 def test_malformed_parquet_and_many_rows(tmp_path):
-    rows = [plain(f"q{i}?", 9 if i % 2 else 0) for i in range(30)]
+    """The message stops somewhere; the exception itself has every row."""
+    rows = [plain(f"q{i}?", 9 if i % 2 else 0) for i in range(230)]
     parquet(tmp_path / "some.parquet", rows)
-    with pytest.raises(ValueError, match=r"some\.parquet: 15 malformed of 30") as error:
+    with pytest.raises(MalformedQuestions, match=r"some\.parquet: 115 malformed of 230") as error:
         read_questions(tmp_path / "some.parquet")
-    assert str(error.value).count("\n  row ") == 10 and str(error.value).endswith("and 5 more")
+    assert str(error.value).count("\n  row ") == 100 and str(error.value).endswith("and 15 more")
     assert "row 2: answer 9" in str(error.value) and "row 3:" not in str(error.value)
+    assert [number for number, _ in error.value.faults] == list(range(2, 231, 2))
 
 
 @pytest.mark.parametrize("text", ["42", '"word"', "[1, 2]", "null"])
 def test_a_row_that_is_no_object_is_named_too(text, tmp_path):
     (tmp_path / "some.jsonl").write_text(json.dumps(plain("fine?", 0)) + "\n" + text + "\n")
-    with pytest.raises(ValueError, match=r"some\.jsonl: 1 malformed of 2 questions\n  row 2"):
+    with pytest.raises(ValueError, match=r"some\.jsonl: 1 malformed of 2 questions\n  line 2"):
         read_questions(tmp_path / "some.jsonl")
 
 
@@ -183,7 +186,7 @@ def test_a_broken_json_file_is_named(tmp_path):
 
 
 def test_files_that_are_missing_or_empty(tmp_path):
-    with pytest.raises(ValueError, match="no_such_task.*neither 'world' nor a folder"):
+    with pytest.raises(ValueError, match="no_such_task.*neither 'world' nor a set of the hub .*openbookqa.* nor a file or folder"):
         bm.load_task("no_such_task")
     own_task(tmp_path / "a", test=None)
     with pytest.raises(ValueError, match="has no test file"):
@@ -227,7 +230,7 @@ def test_a_question_asked_twice_in_train_is_not_cut_apart(tmp_path):
     (["no", "yes"], "cloze"), (["true", "false"], "cloze"), (["a rock", "a star"], "letters"), (["7", "8"], "letters")])
 def test_default_readout(choices, readout, tmp_path):
     rows = [plain(f"q{i}?", 0, choices) for i in range(12)]
-    task = bm.load_task(own_task(tmp_path / "own", train=rows, test=rows[:2]))
+    task = bm.load_task(own_task(tmp_path / "own", train=rows))
     assert {split.readout for split in task.values()} == {readout}
     other = {"cloze": "letters", "letters": "cloze"}[readout]
     assert bm.load_task(tmp_path / "own", readout=other)["test"].readout == other
