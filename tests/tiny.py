@@ -76,6 +76,23 @@ def autograd_jacobians(model, batch):
     return torch.stack(rows).view(*logits.shape, *rows[0].shape), logits
 
 
+def captured_jacobians(model, batch):
+    """``J [B, C, L, E, P]`` and the logits ``[B, C]`` from the capture."""
+    from bmoe_utils.capture import capturing
+    from bmoe_utils.curvature import item_jacobians
+    from bmoe_utils.laplace import ExpertLaplace
+
+    la = ExpertLaplace(model)
+    with capturing(model):
+        logits, captured = la.captured(batch)
+    E, d, f = la.shapes[0]
+    J = torch.zeros(*logits.shape, len(captured), E, d * f, dtype=torch.float64)
+    for layer, (s, g) in enumerate(captured):
+        for e, items, block in item_jacobians(s.a, g, s.item, s.counts):
+            J[items, :, layer, e] = block.flatten(2).double()
+    return J, logits
+
+
 def dense_ggn(J, logits):
     """``H [L, E, P, P] = sum_n J_n^T (diag p - p p^T) J_n``."""
     p = logits.softmax(-1)
