@@ -41,6 +41,9 @@ def load_model(
     saying what is missing) if it cannot be found.
     """
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if PreTrainedConfig.get_config_dict(name_or_path, revision=revision)[0].get("model_type") == "deepseek":
+        from . import deepseek
+        deepseek.register()
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left", **where)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,7 +1,10 @@
 """Tiny random models and batches for the exactness tests, in float64."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 VOCAB = 50
@@ -106,3 +109,23 @@ def skip_without_router_logits(model):
         given = model.model(input_ids=torch.tensor([[2, 3]]), output_router_logits=True).router_logits
     if given is None:
         pytest.skip(f"this transformers gives no router logits for {type(model).__name__}")
+
+
+def write_checkpoint(folder, config, tensors, *, tokenizer_class="PreTrainedTokenizerFast", shards=2):
+    """A folder as the hub has it: ``config.json`` as given, the weights in numbered shards with their index, a tokenizer of
+    ``VOCAB`` tokens under the given class name."""
+    from bmoe_utils.models import train_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    names, places = sorted(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name].contiguous() for name in names[i::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    train_tokenizer(["does ice float on water?", "no, never."], 300).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": tokenizer_class}))
+    return folder
