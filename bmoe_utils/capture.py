@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from . import offload
+
 IMPLEMENTATION = "bmoe_capture"
 
 
@@ -173,25 +175,26 @@ def select_layers(available: Sequence[str], layers: str | Sequence[int | str] | 
 
 
 def down_weight(module: nn.Module) -> Tensor:
-    """The experts' second linear weight as ``[E, d, f]``, whatever the architecture's layout (a view)."""
-    return module.down_proj.mT if module.is_transposed else module.down_proj
+    """The experts' second linear weight as ``[E, d, f]``, whatever the architecture's layout (a view; of offloaded ones a copy)."""
+    weight = offload.values(module, "down_proj")
+    return weight.mT if module.is_transposed else weight
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter of the model takes a gradient and every module is in eval mode, with gradients on; on leaving, whatever
     happens, every ``requires_grad`` and every train/eval flag is as before."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}  # names: offloading makes new ones of them
     training = [m for m in model.modules() if m.training]
     try:
-        for p in trainable:
+        for p in model.parameters():
             p.requires_grad_(False)
         model.eval()
         with torch.enable_grad():
             yield
     finally:
-        for p in trainable:
-            p.requires_grad_(True)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in trainable)
         for m in training:
             m.training = True
 

@@ -14,14 +14,14 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from . import routing
+from . import offload, routing
 from .capture import expert_layers, unwrap
 
 
 def find_routers(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> router of every MoE layer, in the model's order: beside its experts, the module with a linear map ``[E, d]``.
 
-    ``ValueError`` where there is none.
+    A router that was offloaded is put on its device for good: a Bayesian one reads its weight. ``ValueError`` where there is none.
     """
     inner, found = unwrap(model), {}
     for name, experts in expert_layers(model).items():
@@ -34,6 +34,8 @@ def find_routers(model: nn.Module) -> dict[str, nn.Module]:
         if len(shaped) != 1:
             raise ValueError(f"layer {parent!r} has {len(shaped)} modules that look like a router with one weight [E, d], not one")
         found |= shaped
+    for router in found.values():
+        offload.keep(router)
     return found
 
 
@@ -127,7 +129,7 @@ class Rule:
         return None
 
     def _extra(self) -> dict[str, Tensor]:
-        return {name: getattr(self._block, name) for name in self._handed}
+        return {name: offload.values(self._block, name) for name in self._handed}
 
     def _shaped(self, hidden: Tensor) -> Tensor:
         """``[N, d]`` as the router takes it: one with its weight inside may insist on ``[B, T, d]``."""
