@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import offload, routing
-from .capture import expert_layers, unwrap
+from .capture import expert_layers, num_experts, unwrap
 
 
 def find_routers(model: nn.Module) -> dict[str, nn.Module]:
@@ -28,7 +28,7 @@ def find_routers(model: nn.Module) -> dict[str, nn.Module]:
         parent = name.rpartition(".")[0]
         near = {f"{parent}.{child}": m for child, m in inner.get_submodule(parent).named_children() if m is not experts}
         shaped = {n: m for n, m in near.items() if (linear := linear_map(m)) is not None
-                  and linear.weight.dim() == 2 and linear.weight.shape[0] == experts.num_experts}
+                  and linear.weight.dim() == 2 and linear.weight.shape[0] == num_experts(experts)}
         if len(shaped) > 1:  # a plain layer may happen to be as wide, a router has a rule besides its weight
             shaped = {n: m for n, m in shaped.items() if type(m) is not nn.Linear}
         if len(shaped) != 1:
