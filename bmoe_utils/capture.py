@@ -136,14 +136,22 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """The module inside peft's wrappers of it or of its parameters."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
+
+
 def expert_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> experts of every MoE layer, in the model's order: the module that transformers keeps them fused in, or their
-    ``ModuleList``. Raises ``ValueError`` where there is none."""
-    found = {
-        name: module
-        for name, module in unwrap(model).named_modules()
-        if (hasattr(module, "is_transposed") and getattr(module, "down_proj", None) is not None) or is_unfused(name, module)
-    }
+    """Name -> experts of every MoE layer, in the model's order: the module that transformers keeps them fused in (with peft's
+    wrappers, if it has any), or their ``ModuleList``. Raises ``ValueError`` where there is none."""
+    found = {}
+    for name, module in unwrap(model).named_modules():
+        inner = bare(module)
+        fused = hasattr(inner, "is_transposed") and getattr(inner, "down_proj", None) is not None
+        if (fused or is_unfused(name, module)) and "base_layer" not in name.split("."):
+            found[name] = module
     if not found:
         raise ValueError(
             f"{type(unwrap(model)).__name__} has no fused mixture-of-experts layer, and no ModuleList of experts; "
@@ -154,7 +162,7 @@ def expert_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def num_experts(module: nn.Module) -> int:
     """Of a layer of :func:`expert_layers`."""
-    return len(module) if isinstance(module, nn.ModuleList) else module.num_experts
+    return len(module) if isinstance(module, nn.ModuleList) else bare(module).num_experts
 
 
 def select_layers(available: Sequence[str], layers: str | Sequence[int | str] | None) -> list[str]:
@@ -182,12 +190,23 @@ def select_layers(available: Sequence[str], layers: str | Sequence[int | str] | 
 
 
 def down_weight(module: nn.Module) -> Tensor:
-    """The experts' second linear weight as ``[E, d, f]``, whatever the architecture's layout (a view; of offloaded or separate
-    ones a copy)."""
+    """The second linear weight ``[E, d, f]`` of a layer of :func:`expert_layers` as its forward pass uses it, whatever the layout:
+    a view, or where it is offloaded, separate or under LoRA a copy."""
     if isinstance(module, nn.ModuleList):
-        return torch.stack([offload.values(second_layer(expert), "weight") for expert in module])
-    weight = offload.values(module, "down_proj")
-    return weight.mT if module.is_transposed else weight
+        return torch.stack([_adapted(second_layer(expert), "weight") for expert in module])
+    weight = _adapted(module, "down_proj")
+    return weight.mT if bare(module).is_transposed else weight
+
+
+def _adapted(module: nn.Module, name: str) -> Tensor:
+    """A parameter of the bare module with what peft's LoRA wrappers around it add to it."""
+    weight = offload.values(bare(module), name)
+    while hasattr(module, "base_layer"):
+        if getattr(module, "parameter_name", name) == name and not (module.merged or module.disable_adapters):
+            for adapter in set(module.active_adapters) & set(module.lora_A):
+                weight = weight + module.get_delta_weight(adapter).detach()
+        module = module.base_layer
+    return weight
 
 
 @contextmanager
@@ -235,7 +254,7 @@ def recording(model: nn.Module, names: Sequence[str], attention_mask: Tensor) ->
     """
     global _tape
     layers = expert_layers(model)
-    tape = Tape(attention_mask.bool(), {layers[name]: name for name in names})
+    tape = Tape(attention_mask.bool(), {bare(layers[name]): name for name in names})
     _tape = tape
     try:
         with ExitStack() as stack:

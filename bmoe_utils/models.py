@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -45,6 +47,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A transformers MoE causal LM and its tokenizer (padding on the left), from a local folder or a hub id.
 
+    The folder may be that of a peft adapter: its base model, with the adapter merged in.
+
     Args:
         dtype: of the weights; ``"auto"`` as the checkpoint has them.
         device_map: as in transformers; ``"auto"`` spreads the layers over all GPUs, and what they cannot hold over the host
@@ -57,6 +61,13 @@ def load_model(
     The model is in eval mode. ``FileNotFoundError``, of one line and at once, if it is not here and cannot be had, or not whole.
     ``ValueError`` if it has no mixture-of-experts layer, or experts that no gradient passes.
     """
+    if (adapter := Path(name_or_path) / "adapter_config.json").is_file() and not adapter.with_name("config.json").is_file():
+        described = json.loads(adapter.read_text(encoding="utf-8"))
+        model, tokenizer = load_model(
+            described["base_model_name_or_path"], dtype=dtype, device_map=device_map, revision=described.get("revision"),
+            trust_remote_code=trust_remote_code, quantization_config=quantization_config, max_memory=max_memory,
+            offload_folder=offload_folder)
+        return PeftModel.from_pretrained(model, str(name_or_path)).merge_and_unload().eval(), tokenizer
     checkpoints.require(name_or_path, revision)
     description, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
     if description.get("model_type") == "deepseek":

@@ -33,11 +33,10 @@ class Expert(nn.Module):
 class Block(nn.Module):
     """A block around the fused one's router, in the ways such code gathers its tokens."""
 
-    def __init__(self, fused, way):
+    def __init__(self, fused, way, names):
         super().__init__()
         self.gate, self.way = fused.gate, way
         self.shared = [getattr(fused, n, None) for n in ("shared_expert", "shared_expert_gate")]  # a list: not modules of this one
-        names = ("w1", "w3", "w2") if way == "loop" else ("gate_proj", "up_proj", "down_proj")
         experts = fused.experts
         self.experts = nn.ModuleList(Expert(g, d, names) for g, d in zip(experts.gate_up_proj, experts.down_proj, strict=True))
 
@@ -62,9 +61,10 @@ class Block(nn.Module):
         return out.reshape(hidden_states.shape)
 
 
-def unfused(model, way):
+def unfused(model, way, names=None):
+    names = names or (("w1", "w3", "w2") if way == "loop" else ("gate_proj", "up_proj", "down_proj"))
     for layer in model.model.layers:
-        layer.mlp = Block(layer.mlp, way)
+        layer.mlp = Block(layer.mlp, way, names)
     return model
 
 

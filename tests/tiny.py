@@ -62,19 +62,24 @@ def autograd_jacobians(model, batch):
     forward, one item (without padding) and one class at a time. Also the logits ``[B, C]``."""
     from bmoe_utils.capture import expert_layers
     from bmoe_utils.models import option_logits
+    from bmoe_utils.unfused import second_layer
 
     modules = list(expert_layers(model).values())
-    weights = [m.down_proj for m in modules]
+    weights = [[second_layer(e).weight for e in m] if isinstance(m, torch.nn.ModuleList) else [m.down_proj] for m in modules]
     rows, logits = [], []
     for item in single_items(batch):
         f = option_logits(model, item)[0]
         logits.append(f.detach())
         for c, value in enumerate(f):
             if item["option_ids"][0, c] < 0:
-                rows.append(torch.stack([torch.zeros_like(w).flatten(1) for w in weights]))
+                rows.append(torch.zeros_like(rows[-1]))
                 continue
-            grads = torch.autograd.grad(value, weights, retain_graph=True)
-            rows.append(torch.stack([(g.mT if m.is_transposed else g).flatten(1) for m, g in zip(modules, grads)]))
+            row = []
+            for m, w in zip(modules, weights):
+                grads = torch.autograd.grad(value, w, retain_graph=True, materialize_grads=True)
+                g = torch.stack(grads) if isinstance(m, torch.nn.ModuleList) else grads[0]
+                row.append((g.mT if getattr(m, "is_transposed", False) else g).flatten(1))
+            rows.append(torch.stack(row))
     logits = torch.stack(logits)
     return torch.stack(rows).view(*logits.shape, *rows[0].shape), logits
 
