@@ -83,8 +83,12 @@ def fingerprint(obj) -> str:
 def model_fingerprint(model) -> str:
     """sha256 over names, shapes, dtypes and bytes of parameters and persistent buffers; the device does not matter."""
     import torch
+    from . import offload
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if tensor.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            tensor = offload.values(model.get_submodule(owner), leaf)
         digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
         flat = tensor.detach().reshape(-1)
         for block in flat.split(1 << 22):             # in blocks: a large model is never copied to the host whole

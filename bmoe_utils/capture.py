@@ -8,17 +8,22 @@ there computes what the stock implementations compute, sorted by expert, and kee
 
 so that ``d f_c / d z`` is all that has to be differentiated: the Jacobian with respect to an expert's weight is
 ``J_{n,c} = sum_{t in n} g_{t,c} a_t^T`` and no weight gradient is ever built (every parameter is frozen meanwhile).
+Experts that are modules of their own (:mod:`unfused`) give the same through hooks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from . import offload
+from .unfused import is_unfused, second_layer, watching
 
 IMPLEMENTATION = "bmoe_capture"
 
@@ -28,8 +33,8 @@ class Slots:
     """One MoE layer's routed slots in one forward pass, real tokens only, sorted by expert.
 
     ``a [S, f]``, ``expert [S]`` in ``0..E-1`` (non-decreasing), ``item [S]`` in ``0..B-1``, ``counts [E]`` slots per
-    expert, ``last [S]`` bool: slots at the answer's position. ``rows [S]`` picks these slots out of ``z [S_all, d]``,
-    which also holds the padding's.
+    expert, ``last [S]`` bool: slots at the answer's position. ``rows [S]`` picks these slots out of ``z``, one or
+    several tensors of the graph with ``S_all`` rows ``d`` wide in all, which also hold the padding's.
     """
 
     name: str
@@ -39,7 +44,7 @@ class Slots:
     counts: Tensor
     last: Tensor
     rows: Tensor
-    z: Tensor
+    z: tuple[Tensor, ...]
 
 
 @dataclass
@@ -50,7 +55,8 @@ class Tape:
     names: dict[nn.Module, str] = field(default_factory=dict)
     slots: list[Slots] = field(default_factory=list)
 
-    def record(self, module: nn.Module, a: Tensor, z: Tensor, expert: Tensor, token: Tensor) -> None:
+    def record(self, module: nn.Module, a: Tensor, z: tuple[Tensor, ...], expert: Tensor, token: Tensor) -> None:
+        """A layer's slots, padding and all, sorted by expert: ``a [S_all, f]``, ``z`` of as many rows, ``expert``, ``token [S_all]``."""
         name = self.names[module]
         if any(s.name == name for s in self.slots):
             raise RuntimeError(f"layer {name!r} ran its experts twice in one forward pass; it cannot be captured")
@@ -59,15 +65,15 @@ class Tape:
         rows = self.real.to(token.device).flatten()[token].nonzero().squeeze(1)
         T = self.real.shape[1]
         expert = expert[rows]
-        counts = torch.bincount(expert, minlength=module.num_experts)
+        counts = torch.bincount(expert, minlength=num_experts(module))
         item, position = token[rows] // T, token[rows] % T
         self.slots.append(Slots(name, a.detach()[rows], expert, item, counts, position == T - 1, rows, z))
 
     def gradients(self, outputs: Tensor, cotangent: Tensor, *, keep_graph: bool) -> list[Tensor]:
         """``g = d <cotangent, outputs> / d z`` for every captured layer, each ``[S, d]``, rows as in its ``Slots``."""
-        grads = torch.autograd.grad(outputs, [s.z for s in self.slots], cotangent, retain_graph=keep_graph,
-                                    materialize_grads=True)
-        return [g[s.rows] for g, s in zip(grads, self.slots, strict=True)]
+        grads = iter(torch.autograd.grad(outputs, [z for s in self.slots for z in s.z], cotangent, retain_graph=keep_graph,
+                                         materialize_grads=True))
+        return [torch.cat([next(grads).flatten(0, -2) for _ in s.z])[s.rows] for s in self.slots]
 
 
 # The tape in use, if any. A module-level name because transformers hands the registered function nothing but the
@@ -115,7 +121,7 @@ def _capturing_experts(
     if _tape is not None and module in _tape.names:
         if not z.requires_grad:  # nothing below this layer is in the graph: it starts here
             z.requires_grad_()
-        _tape.record(module, a, z, expert, token)
+        _tape.record(module, a, (z,), expert, token)
     y = module.post_expert_norm(z) if getattr(module, "has_post_expert_norm", False) else z
     y = y * top_k_weights.reshape(-1)[order, None]
     y = torch.empty_like(y).index_copy(0, order, y)  # back to token order: a sum over k then needs no atomics
@@ -130,22 +136,33 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def expert_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> experts module of every MoE layer whose experts transformers keeps fused, in the model's order.
+def bare(module: nn.Module) -> nn.Module:
+    """The module inside peft's wrappers of it or of its parameters."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
 
-    Raises ``ValueError`` where there is none.
-    """
-    found = {
-        name: module
-        for name, module in unwrap(model).named_modules()
-        if hasattr(module, "is_transposed") and getattr(module, "down_proj", None) is not None
-    }
+
+def expert_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> experts of every MoE layer, in the model's order: the module that transformers keeps them fused in (with peft's
+    wrappers, if it has any), or their ``ModuleList``. Raises ``ValueError`` where there is none."""
+    found = {}
+    for name, module in unwrap(model).named_modules():
+        inner = bare(module)
+        fused = hasattr(inner, "is_transposed") and getattr(inner, "down_proj", None) is not None
+        if (fused or is_unfused(name, module)) and "base_layer" not in name.split("."):
+            found[name] = module
     if not found:
         raise ValueError(
-            f"{type(unwrap(model)).__name__} has no fused mixture-of-experts layer; "
+            f"{type(unwrap(model)).__name__} has no fused mixture-of-experts layer, and no ModuleList of experts; "
             "the posterior sits on the experts' down projection, so it needs a MoE model"
         )
     return found
+
+
+def num_experts(module: nn.Module) -> int:
+    """Of a layer of :func:`expert_layers`."""
+    return len(module) if isinstance(module, nn.ModuleList) else bare(module).num_experts
 
 
 def select_layers(available: Sequence[str], layers: str | Sequence[int | str] | None) -> list[str]:
@@ -173,25 +190,40 @@ def select_layers(available: Sequence[str], layers: str | Sequence[int | str] | 
 
 
 def down_weight(module: nn.Module) -> Tensor:
-    """The experts' second linear weight as ``[E, d, f]``, whatever the architecture's layout (a view)."""
-    return module.down_proj.mT if module.is_transposed else module.down_proj
+    """The second linear weight ``[E, d, f]`` of a layer of :func:`expert_layers` as its forward pass uses it, whatever the layout:
+    a view, or where it is offloaded, separate or under LoRA a copy."""
+    if isinstance(module, nn.ModuleList):
+        return torch.stack([_adapted(second_layer(expert), "weight") for expert in module])
+    weight = _adapted(module, "down_proj")
+    return weight.mT if bare(module).is_transposed else weight
+
+
+def _adapted(module: nn.Module, name: str) -> Tensor:
+    """A parameter of the bare module with what peft's LoRA wrappers around it add to it."""
+    weight = offload.values(bare(module), name)
+    while hasattr(module, "base_layer"):
+        if getattr(module, "parameter_name", name) == name and not (module.merged or module.disable_adapters):
+            for adapter in set(module.active_adapters) & set(module.lora_A):
+                weight = weight + module.get_delta_weight(adapter).detach()
+        module = module.base_layer
+    return weight
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter of the model takes a gradient and every module is in eval mode, with gradients on; on leaving, whatever
     happens, every ``requires_grad`` and every train/eval flag is as before."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}  # names: offloading makes new ones of them
     training = [m for m in model.modules() if m.training]
     try:
-        for p in trainable:
+        for p in model.parameters():
             p.requires_grad_(False)
         model.eval()
         with torch.enable_grad():
             yield
     finally:
-        for p in trainable:
-            p.requires_grad_(True)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in trainable)
         for m in training:
             m.training = True
 
@@ -201,6 +233,10 @@ def capturing(model: nn.Module) -> Iterator[None]:
     """Puts the model, :func:`frozen`, in the state in which ``recording`` works, and its experts' implementation back on
     leaving, whatever happens."""
     inner = unwrap(model)
+    if all(isinstance(m, nn.ModuleList) for m in expert_layers(model).values()):  # their own forward serves
+        with frozen(model):
+            yield
+        return
     implementation = inner.get_experts_implementation()
     with frozen(model):
         try:
@@ -218,10 +254,15 @@ def recording(model: nn.Module, names: Sequence[str], attention_mask: Tensor) ->
     """
     global _tape
     layers = expert_layers(model)
-    tape = Tape(attention_mask.bool(), {layers[name]: name for name in names})
+    tape = Tape(attention_mask.bool(), {bare(layers[name]): name for name in names})
     _tape = tape
     try:
-        yield tape
+        with ExitStack() as stack:
+            for name, experts in ((n, layers[n]) for n in names):
+                if isinstance(experts, nn.ModuleList):
+                    block = unwrap(model).get_submodule(name.rpartition(".")[0])
+                    stack.enter_context(watching(name, block, experts, partial(tape.record, experts)))
+            yield tape
     finally:
         _tape = None
     if missing := set(names) - {s.name for s in tape.slots}:

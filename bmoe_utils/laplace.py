@@ -431,7 +431,7 @@ class ExpertLaplace:
         kind = curvature.DenseBlocks if la.options["hessian_structure"] == "full" else curvature.Eigenbasis
         la.posteriors = []
         for i, module in enumerate(la._modules):
-            named = {k.split(".", 1)[1]: v.to(module.down_proj.device) for k, v in tensors.items() if k.startswith(f"{i}.")}
+            named = {k.split(".", 1)[1]: v.to(down_weight(module).device) for k, v in tensors.items() if k.startswith(f"{i}.")}
             la.posteriors.append(kind.from_tensors(named))
         return la
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    FineGrainedFP8Config,
     GraniteMoeConfig,
+    Mxfp4Config,
     OlmoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -22,8 +26,11 @@ from transformers import (
     set_seed,
 )
 
+from . import checkpoints
 from .capture import expert_layers, unwrap
 
+# Checkpoints whose experts are packed, by their quant_method, and what has transformers unpack them.
+UNPACKING = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 PAD, END, UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
 
 
@@ -34,19 +41,69 @@ def load_model(
     device_map: str | dict | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization_config: object | None = None,
+    max_memory: dict | None = None,
+    offload_folder: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A transformers MoE causal LM and its tokenizer (padding on the left), from a local folder or a hub id.
 
-    The model is in eval mode. ``ValueError`` if it has no mixture-of-experts layer, ``OSError`` (transformers' own,
-    saying what is missing) if it cannot be found.
+    The folder may be that of a peft adapter: its base model, with the adapter merged in.
+
+    Args:
+        dtype: of the weights; ``"auto"`` as the checkpoint has them.
+        device_map: as in transformers; ``"auto"`` spreads the layers over all GPUs, and what they cannot hold over the host
+            (within ``max_memory``, device -> bytes) and then ``offload_folder``.
+        revision: branch, tag or commit of a hub id. ``model.config._commit_hash`` says which commit it was (None: a folder).
+        trust_remote_code: run the checkpoint's own code. Off unless asked for.
+        quantization_config: as in transformers. It must leave the experts to floating point, as bitsandbytes' do. Checkpoints whose
+            experts are packed (MXFP4 as gpt-oss, FP8 as DeepSeek-V3) are unpacked to ``dtype``.
+
+    The model is in eval mode. ``FileNotFoundError``, of one line and at once, if it is not here and cannot be had, or not whole.
+    ``ValueError`` if it has no mixture-of-experts layer, or experts that no gradient passes.
     """
+    if (adapter := Path(name_or_path) / "adapter_config.json").is_file() and not adapter.with_name("config.json").is_file():
+        described = json.loads(adapter.read_text(encoding="utf-8"))
+        model, tokenizer = load_model(
+            described["base_model_name_or_path"], dtype=dtype, device_map=device_map, revision=described.get("revision"),
+            trust_remote_code=trust_remote_code, quantization_config=quantization_config, max_memory=max_memory,
+            offload_folder=offload_folder)
+        return PeftModel.from_pretrained(model, str(name_or_path)).merge_and_unload().eval(), tokenizer
+    checkpoints.require(name_or_path, revision)
+    description, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
+    if description.get("model_type") == "deepseek":
+        from . import deepseek
+        deepseek.register()
+    packed = (description.get("quantization_config") or {}).get("quant_method")
+    if quantization_config is None and packed in UNPACKING:
+        quantization_config = UNPACKING[packed](dequantize=True)
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left", **where)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, device_map=device_map, **where)
-    expert_layers(model)
+    options = {"quantization_config": quantization_config, "max_memory": max_memory, "offload_folder": offload_folder}
+    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, device_map=device_map, **where,
+                                                 **{k: v for k, v in options.items() if v is not None})
+    _check_experts(model)
+    if packed in UNPACKING and not getattr(model, "is_quantized", False):
+        vars(model).pop("_weight_conversions", None)  # or save_pretrained would take the weights for packed ones
+    model.config._commit_hash = checkpoints.commit(name_or_path, revision)
     return model.eval(), tokenizer
+
+
+def _check_experts(model: PreTrainedModel) -> None:
+    """``ValueError`` without MoE layers, or if quantisation left the experts in numbers that no gradient passes."""
+    quantised = getattr(model, "is_quantized", False)
+    try:
+        types = {p.dtype for m in expert_layers(model).values() for p in m.parameters()}
+    except ValueError:
+        if not quantised:
+            raise
+        types = {"modules of the quantisation's own"}
+    if packed := [str(t) for t in sorted(types, key=str) if t not in (torch.float64, torch.float32, torch.bfloat16, torch.float16)]:
+        method = getattr(getattr(model.config, "quantization_config", None), "quant_method", "quantisation")
+        raise ValueError(f"{method} keeps the experts as {', '.join(packed)}, which no gradient passes, and the posterior needs "
+                         "one: unpack them (quantization_config=...(dequantize=True)), or quantise in a way that leaves the experts "
+                         "alone (bitsandbytes does), or load another checkpoint")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") -> PreTrainedTokenizerFast:
@@ -118,8 +175,8 @@ def build_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 
 def to_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The batch on the device of the model's first parameter (where a sharded model takes its input)."""
-    device = next(model.parameters()).device
+    """The batch on the device of the model's first parameter that is on one (where a sharded model takes its input)."""
+    device = next(p.device for p in model.parameters() if not p.is_meta)
     return {k: v.to(device) for k, v in batch.items()}
 
 

@@ -17,7 +17,7 @@ from .capture import select_layers, unwrap
 from .files import replace_folder
 from .models import option_logits
 from .router_families import FAMILIES
-from .router_rules import Rule, find_routers
+from .router_rules import Rule, find_routers, linear_map
 
 FORMAT = 1
 INFERENCE = ("inside", "whole-model")
@@ -52,12 +52,12 @@ class Routers:
             raise ValueError("this model already has Bayesian routers; detach() them first")
         self._generators: dict[torch.device, torch.Generator] = {}
         self._pass, self._real, self._rows, self._records, self._charges, self._signals = 0, None, None, [], [], None
+        forwards = [b or m.forward for b, m in zip(self._before, self._modules, strict=True)]
+        self.rules = [Rule(model, *x) for x in zip(names, self._modules, forwards, strict=True)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.families = nn.ModuleList(FAMILIES[method](m, **options) for m in self._modules).eval()
+            self.families = nn.ModuleList(FAMILIES[method](rule.linear, **options) for rule in self.rules).eval()
         self.prior_mean = self._centre(prior_mean)
-        forwards = [b or m.forward for b, m in zip(self._before, self._modules, strict=True)]
-        self.rules = [Rule(*x) for x in zip(names, self._modules, forwards, strict=True)]
         averages = method not in ("deterministic", "temperature", "vtsr") and inference == "inside"
         for name, rule in zip(names, self.rules, strict=True):
             if averages and rule.link is None:
@@ -80,7 +80,7 @@ class Routers:
         if mean is None:
             return "current"
         if isinstance(mean, nn.Module):
-            given = find_routers(mean)
+            given = {n: linear_map(m) for n, m in find_routers(mean).items()}
             weights, said = {n: m.weight.detach() for n, m in given.items()}, f"model {model_fingerprint(mean)[:12]}"
         else:
             given, weights, said = {}, mean, "weights"
@@ -117,18 +117,17 @@ class Routers:
         return self._generators[device]
 
     def _route(self, layer: int, forward, hidden: Tensor, *args, **kwargs):
-        outputs = forward(hidden, *args, **kwargs)
         family, rule = self.families[layer], self.rules[layer]
-        logits = outputs[rule.order[0]].to(rule.dtype)
+        outputs, hidden, logits = rule.run(forward, hidden, *args, **kwargs)
         if len(family.mean_shift):
-            logits = logits + hidden.reshape(len(logits), -1).to(rule.dtype) @ family.mean_shift.mT
+            logits = logits + hidden.to(rule.dtype) @ family.mean_shift.mT
             logits = logits + family.bias_shift if len(family.bias_shift) else logits
             outputs = rule.pack(*rule(logits))
         if self.tape is not None:
             return self._capture(layer, hidden, logits)
         rows = None if self._rows is None else self._rows.to(logits.device)
         pick = (lambda x: x) if rows is None else (lambda x: x[rows])
-        u, l = pick(hidden.reshape(len(logits), -1)).to(rule.dtype), pick(logits)
+        u, l = pick(hidden).to(rule.dtype), pick(logits)
         if self.training and self._real is not None and (charge := family.divergence(u)) is not None:
             self._charges.append(charge.mean())
         fill = (lambda x: x) if rows is None else (lambda x: logits.index_put((rows,), x))  # padding: as it was
@@ -177,7 +176,7 @@ class Routers:
     def _capture(self, layer: int, hidden: Tensor, logits: Tensor):
         """For the Laplace fit: the logits stay in the graph, and a gradient with respect to them can be taken."""
         logits = logits if logits.requires_grad else logits.detach().requires_grad_()
-        self.tape.append((layer, hidden.detach().reshape(len(logits), -1).to(logits.dtype), logits))
+        self.tape.append((layer, hidden.detach().to(logits.dtype), logits))
         return self.rules[layer].pack(*self.rules[layer](logits))
 
     # ---- signals ----------------------------------------------------------------------------------------------------

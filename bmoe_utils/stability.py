@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .capture import unwrap
 from .models import option_logits, to_device
-from .router_rules import find_routers
+from .router_rules import find_routers, linear_map
 from .routers import Routers
 from .routing import jaccard
 
@@ -68,7 +68,7 @@ def chosen_experts(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, T
 
     def keep(name: str):
         def hook(module, args, outputs):
-            indices = next(o for o in outputs if not o.is_floating_point())
+            indices = next(o for o in outputs if not o.is_floating_point()).flatten(0, -2)
             found[name] = indices[real.to(indices.device)].cpu()
         return hook
 
@@ -135,7 +135,7 @@ def routing_margins(model: nn.Module, loader: Iterable[Mapping[str, Tensor]]) ->
         def hook(module, args, outputs):
             k = next(o for o in outputs if not o.is_floating_point()).shape[-1]
             # with K = E both floating outputs are as wide: then nothing is left out, and there is no margin
-            logits = next(o for o in outputs if o.is_floating_point() and o.shape[-1] == module.weight.shape[0])
+            logits = next(o for o in outputs if o.is_floating_point() and o.shape[-1] == len(linear_map(module).weight)).flatten(0, -2)
             top = logits[real.to(logits.device)].double().topk(k + 1, dim=-1).values
             spread = logits[real.to(logits.device)].double().std(-1)
             margins.setdefault(name, []).append(((top[:, -2] - top[:, -1]) / spread).cpu())

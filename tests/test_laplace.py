@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, autograd_jacobians, dense_ggn, single_items, tiny_batch, tiny_model
+from tiny import ARCHITECTURES, autograd_jacobians, captured_jacobians, dense_ggn, single_items, tiny_batch, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bmoe_utils as bm
@@ -26,19 +26,6 @@ def architecture(request):
 
 def fitted(model, batches, **options):
     return bm.ExpertLaplace(model, **options).fit(batches, progress=False)
-
-
-def captured_jacobians(model, batch):
-    """``J [B, C, L, E, P]`` from the capture."""
-    la = bm.ExpertLaplace(model)
-    with capturing(model):
-        logits, captured = la.captured(batch)
-    E, d, f = la.shapes[0]
-    J = torch.zeros(*logits.shape, len(captured), E, d * f, dtype=logits.dtype)
-    for layer, (s, g) in enumerate(captured):
-        for e, items, block in curvature.item_jacobians(s.a, g, s.item, s.counts):
-            J[items, :, layer, e] = block.flatten(2)
-    return J, logits
 
 
 def test_jacobians_per_item_and_class_equal_autograd(architecture):

@@ -1,7 +1,10 @@
 """Tiny random models and batches for the exactness tests, in float64."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 VOCAB = 50
@@ -59,21 +62,43 @@ def autograd_jacobians(model, batch):
     forward, one item (without padding) and one class at a time. Also the logits ``[B, C]``."""
     from bmoe_utils.capture import expert_layers
     from bmoe_utils.models import option_logits
+    from bmoe_utils.unfused import second_layer
 
     modules = list(expert_layers(model).values())
-    weights = [m.down_proj for m in modules]
+    weights = [[second_layer(e).weight for e in m] if isinstance(m, torch.nn.ModuleList) else [m.down_proj] for m in modules]
     rows, logits = [], []
     for item in single_items(batch):
         f = option_logits(model, item)[0]
         logits.append(f.detach())
         for c, value in enumerate(f):
             if item["option_ids"][0, c] < 0:
-                rows.append(torch.stack([torch.zeros_like(w).flatten(1) for w in weights]))
+                rows.append(torch.zeros_like(rows[-1]))
                 continue
-            grads = torch.autograd.grad(value, weights, retain_graph=True)
-            rows.append(torch.stack([(g.mT if m.is_transposed else g).flatten(1) for m, g in zip(modules, grads)]))
+            row = []
+            for m, w in zip(modules, weights):
+                grads = torch.autograd.grad(value, w, retain_graph=True, materialize_grads=True)
+                g = torch.stack(grads) if isinstance(m, torch.nn.ModuleList) else grads[0]
+                row.append((g.mT if getattr(m, "is_transposed", False) else g).flatten(1))
+            rows.append(torch.stack(row))
     logits = torch.stack(logits)
     return torch.stack(rows).view(*logits.shape, *rows[0].shape), logits
+
+
+def captured_jacobians(model, batch):
+    """``J [B, C, L, E, P]`` and the logits ``[B, C]`` from the capture."""
+    from bmoe_utils.capture import capturing
+    from bmoe_utils.curvature import item_jacobians
+    from bmoe_utils.laplace import ExpertLaplace
+
+    la = ExpertLaplace(model)
+    with capturing(model):
+        logits, captured = la.captured(batch)
+    E, d, f = la.shapes[0]
+    J = torch.zeros(*logits.shape, len(captured), E, d * f, dtype=torch.float64)
+    for layer, (s, g) in enumerate(captured):
+        for e, items, block in item_jacobians(s.a, g, s.item, s.counts):
+            J[items, :, layer, e] = block.flatten(2).double()
+    return J, logits
 
 
 def dense_ggn(J, logits):
@@ -89,3 +114,23 @@ def skip_without_router_logits(model):
         given = model.model(input_ids=torch.tensor([[2, 3]]), output_router_logits=True).router_logits
     if given is None:
         pytest.skip(f"this transformers gives no router logits for {type(model).__name__}")
+
+
+def write_checkpoint(folder, config, tensors, *, tokenizer_class="PreTrainedTokenizerFast", shards=2):
+    """A folder as the hub has it: ``config.json`` as given, the weights in numbered shards with their index, a tokenizer of
+    ``VOCAB`` tokens under the given class name."""
+    from bmoe_utils.models import train_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    names, places = sorted(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name].contiguous() for name in names[i::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    train_tokenizer(["does ice float on water?", "no, never."], 300).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": tokenizer_class}))
+    return folder
