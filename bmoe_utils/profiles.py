@@ -9,7 +9,10 @@ CPU = {
     "pretrain_lines": 300_000, "pretrain_steps": 3500, "pretrain_batch": 64, "pretrain_lr": 3e-3,
     # MAP fine-tuning; train_size None: all of it
     "method": "full", "train_size": 500, "epochs": 20, "batch_size": 16, "lr": 3e-4, "weight_decay": 0.0,
-    "dtype": "float32", "device_map": None, "readout": None,
+    "dtype": "float32", "device_map": None,
+    # prompts: read out by letters or by the option's word (None: as the task suggests), tokens at most (longer passages are
+    # cut), through the tokenizer's chat template
+    "readout": None, "max_length": None, "chat": False,
     # evaluation
     "eval_batch": 64, "test_size": None,
     # chapter 1: metrics after every epoch or at the end alone; the training-set sizes of its curve. Chapter 2: against the dense posterior, fitted on so many items and
@@ -28,8 +31,8 @@ CPU = {
     "router_items": 1000, "noise_items": 300,
     "gammas": [0.001, 0.002, 0.005, 0.007, 0.01, 0.02, 0.05, 0.1],
 }  # fmt: skip
-# The routers' loop of arXiv 2509.23830 and 2603.09453 for large models: LoRA on the attention, then the routers alone.
-PAPER_ROUTERS = {"regimes": {"lora": {}}, "router_mean": "tuned", "router_epochs": 3, "router_lr": 1e-4,
+# What both share. The routers' loop is that of arXiv 2509.23830 and 2603.09453: LoRA on the attention, then the routers alone.
+LARGE = {"max_length": 1024, "regimes": {"lora": {}}, "router_mean": "tuned", "router_epochs": 3, "router_lr": 1e-4,
                  "router_passes": 35, "router_validation": 50, "router_items": 500}
 PROFILES = {
     "smoke": CPU | {
@@ -43,11 +46,11 @@ PROFILES = {
     # one card of 24 to 48 GB
     "gpu": CPU | {
         "method": "lora", "train_size": None, "epochs": 3, "lr": 1e-4, "dtype": "bfloat16", "device_map": "auto",
-        "sizes": [500, 2000], "eval_batch": 16, **PAPER_ROUTERS,
+        "sizes": [500, 2000], "eval_batch": 16, **LARGE,
     },
     "paper": CPU | {
         "method": "lora", "train_size": 5000, "epochs": 3, "lr": 1e-4, "dtype": "bfloat16", "device_map": "auto",
-        "sizes": [500, 5000], "eval_batch": 16, **PAPER_ROUTERS,
+        "sizes": [500, 5000], "eval_batch": 16, **LARGE,
     },
 }  # fmt: skip
 # The model of a profile where none is named; None: the embedded one, trained by the study.

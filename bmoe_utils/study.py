@@ -36,12 +36,12 @@ from .tasks import Split, draw, learning_texts, load_task, make_loader
 from .world import world_file
 
 # The modules whose code an artefact depends on.
-DATA = ("world", "tasks")
-TRAINING = (*DATA, "models", "train")
-POSTERIOR = (*TRAINING, "capture", "curvature", "laplace", "prior")
+DATA = ("world", "tasks", "questions", "hub", "prompts")
+TRAINING = (*DATA, "models", "checkpoints", "deepseek", "offload", "train")
+POSTERIOR = (*TRAINING, "capture", "unfused", "curvature", "laplace", "prior")
 # Methods of which nothing is chosen by how they will be used: one fit serves both kinds of inference.
 SELECTED_NOWHERE = ("deterministic", "temperature", "swag", "ensemble")
-ROUTING = (*TRAINING, "capture", "curvature", "routing", "router_families", "router_rules", "routers", "router_training")
+ROUTING = (*TRAINING, "capture", "unfused", "curvature", "routing", "router_families", "router_rules", "routers", "router_training")
 
 
 class Study:
@@ -96,7 +96,8 @@ class Study:
     @cached_property
     def data_key(self) -> str:
         """Fingerprint of every question of the task and of how they are read out."""
-        return fingerprint({k: list(v) for k, v in self.task.items()} | {"readout": self.task["train"].readout})
+        layout = {"readout": self.task["train"].readout, "max_length": self.max_length, "chat": self.chat}
+        return fingerprint({k: list(v) for k, v in self.task.items()} | layout)
 
     @property
     def shifts(self) -> list[str]:
@@ -108,7 +109,7 @@ class Study:
         return draw(self.task["train"], seed, self.train_size if size is None else size)
 
     def loader(self, items: Split, *, batch_size: int | None = None, **options):
-        return make_loader(items, self.tokenizer, batch_size=batch_size or self.eval_batch, **options)
+        return make_loader(items, self.tokenizer, batch_size=batch_size or self.eval_batch, max_length=self.max_length, chat=self.chat, **options)
 
     # ---- base model -------------------------------------------------------------------------------------------------
     @cached_property
@@ -158,7 +159,8 @@ class Study:
     def _map_config(self, seed: int, epochs: int | None, size: int | None) -> dict:
         names = ("method", "batch_size", "lr", "weight_decay", "dtype")
         return {n: self.settings[n] for n in names} | {
-            "base": self._base_key, "data": self.data_key, "seed": seed, "epochs": self.epochs if epochs is None else epochs,
+            # the data first: where they are missing, that is known before a large model is loaded
+            "data": self.data_key, "base": self._base_key, "seed": seed, "epochs": self.epochs if epochs is None else epochs,
             "size": (n := len(self.train_items(seed, size))),
             # metrics after every epoch, for the study's own set; elsewhere the end is enough
             "every_epoch": self.curves and self.embedded and n == len(self.train_items(seed)),
