@@ -26,14 +26,15 @@ CPU = {
     "router_mean": "current", "router_epochs": 5, "router_lr": 1e-3, "beta": 0.01, "patience": 1, "accumulation": 1,
     "router_precisions": [0.01, 0.1, 1.0, 10.0, 100.0, 1000.0],
     # samples of an inside average, passes of whole-model inference (fewer where only the validation NLL is followed), members
-    # of an ensemble; validation and test items of the routers' fits and tables, items on which routing's stability is measured
+    # of an ensemble; validation and test items of the routers' fits and tables, items on which routing's stability is measured,
+    # items at a time
     "router_samples": 35, "router_passes": 10, "validation_passes": 5, "members": 3, "router_validation": 250,
-    "router_items": 1000, "noise_items": 300,
+    "router_items": 800, "noise_items": 300, "router_batch": 250,
     "gammas": [0.001, 0.002, 0.005, 0.007, 0.01, 0.02, 0.05, 0.1],
 }  # fmt: skip
 # What both share. The routers' loop is that of arXiv 2509.23830 and 2603.09453: LoRA on the attention, then the routers alone.
 LARGE = {"max_length": 1024, "regimes": {"lora": {}}, "router_mean": "tuned", "router_epochs": 3, "router_lr": 1e-4,
-                 "router_passes": 35, "router_validation": 50, "router_items": 500}
+                 "router_passes": 35, "router_validation": 50, "router_items": 500, "router_batch": 16}
 PROFILES = {
     "smoke": CPU | {
         "seeds": [0, 1], "width": 32, "layers": 2, "experts": 4, "expert_width": 32, "pretrain_lines": 20_000,

@@ -11,8 +11,10 @@ on the way. Stages and what they rest on:
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
@@ -110,6 +112,15 @@ class Study:
 
     def loader(self, items: Split, *, batch_size: int | None = None, **options):
         return make_loader(items, self.tokenizer, batch_size=batch_size or self.eval_batch, max_length=self.max_length, chat=self.chat, **options)
+
+    def provenance(self) -> dict:
+        """What this study's results rest on, JSON values to write beside them: settings, origin of every split, model, versions, device."""
+        names = ("torch", "transformers", "peft", "datasets", "tokenizers", "numpy", "scikit-learn")
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        model = "embedded" if self.embedded else self.model_name
+        return {"profile": self.profile, "settings": self.settings, "task": {k: v.origin | {"items": len(v)} for k, v in self.task.items()},
+                "model": {"name": model, "fingerprint": self._base_key}, "device": device,
+                "versions": {"python": platform.python_version()} | {name: version(name) for name in names}}
 
     # ---- base model -------------------------------------------------------------------------------------------------
     @cached_property
@@ -209,7 +220,7 @@ class Study:
 
     # ---- predictions ------------------------------------------------------------------------------------------------
     def predictions(self, name: str, split: str, config: Mapping, predictor: Callable[[], Callable | nn.Module], *,
-                    items: int | None = None, modules: tuple[str, ...] = TRAINING) -> Predictions:
+                    items: int | None = None, batch_size: int | None = None, modules: tuple[str, ...] = TRAINING) -> Predictions:
         """Predictions on a split (its first ``items``) under a key: ``config`` must hold all that determines them beside the data.
 
         ``predictor()`` makes the model or callable; it is called only where the predictions are not there yet.
@@ -217,7 +228,7 @@ class Study:
         key = {"name": name, "split": split, "data": self.data_key, **config} | ({"items": items} if items else {})
 
         def build(folder: Path) -> None:
-            predict(predictor(), self.loader(self.task[split].subset(items))).save(folder / "predictions.safetensors")
+            predict(predictor(), self.loader(self.task[split].subset(items), batch_size=batch_size)).save(folder / "predictions.safetensors")
 
         folder = self.store.folder("predictions", key, build, modules=(*modules, "evaluate", "metrics"))
         return Predictions.load(folder / "predictions.safetensors")
@@ -319,7 +330,7 @@ class Study:
         return self.loader(self.train_items(seed), batch_size=self.batch_size)
 
     def _router_validation(self):
-        return self.loader(self.task["validation"].subset(self.router_validation))
+        return self.loader(self.task["validation"].subset(self.router_validation), batch_size=self.router_batch)
 
     def _loop(self, seed: int) -> dict:
         return {"epochs": self.router_epochs, "lr": self.router_lr, "beta": self.beta, "patience": self.patience,
@@ -327,7 +338,7 @@ class Study:
 
     def _router_config(self, seed: int, *which) -> dict:
         return {"map": self.map_folder(seed).name, "loop": self._loop(seed), "batch": self.batch_size, "data": self.data_key,
-                "validation": self.router_validation, "which": list(which)}
+                "validation": self.router_validation, "batches": self.router_batch, "which": list(which)}
 
     def routers(self, seed: int, method: str, *, inference: str = "inside", layers: str | list = "all", prior_mean: str | None = None,
                 loop: Mapping | None = None, fitted: bool = True, model: nn.Module | None = None, **options) -> Routers:
@@ -376,7 +387,8 @@ class Study:
             routers.num_samples = num_samples
             return routers
 
-        return self.predictions("routers", split, config, predictor, items=self.router_items, modules=ROUTING)
+        return self.predictions("routers", split, config, predictor, items=self.router_items, batch_size=self.router_batch,
+                                modules=ROUTING)
 
     def stability(self, seed: int, gamma: float, method: str | None = None, *, where: str = "embedding", fresh: bool = True,
                   num_samples: int | None = -1, **which) -> torch.Tensor:
@@ -388,7 +400,7 @@ class Study:
         which.pop("samples", None)
 
         def compute() -> dict:
-            items = self.loader(self.task["test"].subset(self.noise_items))
+            items = self.loader(self.task["test"].subset(self.noise_items), batch_size=self.router_batch)
             if method is None:
                 return {"jaccard": routing_stability(self.map_model(seed), items, gamma, where, seed=seed)}
             with self.routers(seed, method, **which) as routers:

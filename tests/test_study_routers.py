@@ -12,7 +12,7 @@ from bmoe_utils.routers import Routers
 from bmoe_utils.study import Study
 
 ROUTERS = TINY | {"layers": 2, "router_epochs": 1, "router_samples": 3, "router_passes": 2, "validation_passes": 2, "members": 2,
-                  "router_validation": 9, "router_items": 12, "noise_items": 8, "gammas": [0.1]}
+                  "router_validation": 9, "router_items": 12, "noise_items": 8, "gammas": [0.1], "router_batch": 5}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_predictions_are_those_of_the_routers_with_their_signals(store):
     assert len(said) == 12 and {"answer_information", "logit_variance_last", "gate_entropy_mean", "answer_entropy"} <= set(said.signals)
     with s.routers(0, "laplace", inference="whole-model") as routers:
         assert routers.inference == "whole-model" and routers.num_samples == 2
-        again = evaluate.predict(routers, s.loader(s.task["test"].subset(12)), progress=False)
+        again = evaluate.predict(routers, s.loader(s.task["test"].subset(12), batch_size=5), progress=False)
     assert np.array_equal(again.probs, said.probs) and np.array_equal(again.signals["answer_information"], said.signals["answer_information"])
 
 
