@@ -56,7 +56,8 @@ class Tape:
     slots: list[Slots] = field(default_factory=list)
 
     def record(self, module: nn.Module, a: Tensor, z: tuple[Tensor, ...], expert: Tensor, token: Tensor) -> None:
-        """A layer's slots, padding and all, sorted by expert: ``a [S_all, f]``, ``z`` of as many rows, ``expert``, ``token [S_all]``."""
+        """A layer's slots, padding and all, sorted by expert: ``a [S_all, f]``, ``z`` of as many rows, ``expert`` and ``token``
+        ``[S_all]``."""
         name = self.names[module]
         if any(s.name == name for s in self.slots):
             raise RuntimeError(f"layer {name!r} ran its experts twice in one forward pass; it cannot be captured")
