@@ -74,7 +74,8 @@ class Tape:
         """``g = d <cotangent, outputs> / d z`` for every captured layer, each ``[S, d]``, rows as in its ``Slots``."""
         grads = iter(torch.autograd.grad(outputs, [z for s in self.slots for z in s.z], cotangent, retain_graph=keep_graph,
                                          materialize_grads=True))
-        return [torch.cat([next(grads).flatten(0, -2) for _ in s.z])[s.rows] for s in self.slots]
+        parts = [[next(grads).flatten(0, -2) for _ in s.z] for s in self.slots]
+        return [(p[0] if len(p) == 1 else torch.cat(p))[s.rows] for p, s in zip(parts, self.slots, strict=True)]
 
 
 # The tape in use, if any. A module-level name because transformers hands the registered function nothing but the
