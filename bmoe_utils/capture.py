@@ -56,7 +56,8 @@ class Tape:
     slots: list[Slots] = field(default_factory=list)
 
     def record(self, module: nn.Module, a: Tensor, z: tuple[Tensor, ...], expert: Tensor, token: Tensor) -> None:
-        """A layer's slots, padding and all, sorted by expert: ``a [S_all, f]``, ``z`` of as many rows, ``expert``, ``token [S_all]``."""
+        """A layer's slots, padding and all, sorted by expert: ``a [S_all, f]``, ``z`` of as many rows, ``expert`` and ``token``
+        ``[S_all]``."""
         name = self.names[module]
         if any(s.name == name for s in self.slots):
             raise RuntimeError(f"layer {name!r} ran its experts twice in one forward pass; it cannot be captured")
@@ -73,7 +74,8 @@ class Tape:
         """``g = d <cotangent, outputs> / d z`` for every captured layer, each ``[S, d]``, rows as in its ``Slots``."""
         grads = iter(torch.autograd.grad(outputs, [z for s in self.slots for z in s.z], cotangent, retain_graph=keep_graph,
                                          materialize_grads=True))
-        return [torch.cat([next(grads).flatten(0, -2) for _ in s.z])[s.rows] for s in self.slots]
+        parts = [[next(grads).flatten(0, -2) for _ in s.z] for s in self.slots]
+        return [(p[0] if len(p) == 1 else torch.cat(p))[s.rows] for p, s in zip(parts, self.slots, strict=True)]
 
 
 # The tape in use, if any. A module-level name because transformers hands the registered function nothing but the

@@ -23,8 +23,8 @@ def missing_files(folder: Path) -> list[str]:
     return [*missing, WEIGHTS[0]]
 
 
-def require(name_or_path: str | Path, revision: str | None = None) -> None:
-    """``FileNotFoundError``, of one line, if the folder is not a whole checkpoint, or if the hub's model is not whole in the cache
+def require(name_or_path: str | Path, revision: str | None = None) -> bool:
+    """Whether all of it is on this machine, in a folder or in the hub's cache, or has to be fetched. ``FileNotFoundError``, of one line, if the folder is not a whole checkpoint, or if the hub's model is not whole in the cache
     and the hub cannot be reached or does not have it. ``ValueError`` for a revision of a folder."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -35,7 +35,7 @@ def require(name_or_path: str | Path, revision: str | None = None) -> None:
             raise ValueError(f"revision={revision!r} is of a model on the hub; {folder} is a folder")
         if missing := missing_files(folder):
             raise FileNotFoundError(f"{folder} is not a whole checkpoint: it has no {', no '.join(missing)}")
-        return
+        return True
     try:
         missing = missing_files(Path(snapshot_download(str(name_or_path), revision=revision, local_files_only=True)))
     except HFValidationError:
@@ -43,7 +43,7 @@ def require(name_or_path: str | Path, revision: str | None = None) -> None:
     except LocalEntryNotFoundError:
         missing = ["any file of it"]
     if not missing:
-        return
+        return True
     try:  # asked first, since a download without a network goes on trying
         HfApi().model_info(str(name_or_path), revision=revision, timeout=10)
     except Exception as error:  # no network, offline by request, no such model or commit, no access: it cannot be had here
@@ -53,6 +53,7 @@ def require(name_or_path: str | Path, revision: str | None = None) -> None:
             f"({type(error).__name__}). Where it does: hf download {name_or_path}{at} (huggingface-cli download "
             f"{name_or_path}{at} in an older huggingface_hub)"
         ) from None
+    return False
 
 
 def commit(name_or_path: str | Path, revision: str | None = None) -> str | None:

@@ -54,9 +54,10 @@ def load_model(
         device_map: as in transformers; ``"auto"`` spreads the layers over all GPUs, and what they cannot hold over the host
             (within ``max_memory``, device -> bytes) and then ``offload_folder``.
         revision: branch, tag or commit of a hub id. ``model.config._commit_hash`` says which commit it was (None: a folder).
+            What is whole in the hub's cache is taken as it is there, without asking the hub.
         trust_remote_code: run the checkpoint's own code. Off unless asked for.
-        quantization_config: as in transformers. It must leave the experts to floating point, as bitsandbytes' do. Checkpoints whose
-            experts are packed (MXFP4 as gpt-oss, FP8 as DeepSeek-V3) are unpacked to ``dtype``.
+        quantization_config: as in transformers. It must leave the experts to floating point, as bitsandbytes' do. Checkpoints
+            whose experts are packed (MXFP4 as gpt-oss, FP8 as DeepSeek-V3) are unpacked to ``dtype``.
 
     The model is in eval mode. ``FileNotFoundError``, of one line and at once, if it is not here and cannot be had, or not whole.
     ``ValueError`` if it has no mixture-of-experts layer, or experts that no gradient passes.
@@ -68,15 +69,15 @@ def load_model(
             trust_remote_code=trust_remote_code, quantization_config=quantization_config, max_memory=max_memory,
             offload_folder=offload_folder)
         return PeftModel.from_pretrained(model, str(name_or_path)).merge_and_unload().eval(), tokenizer
-    checkpoints.require(name_or_path, revision)
-    description, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
+    here = {"revision": revision, "local_files_only": checkpoints.require(name_or_path, revision)}
+    description, _ = PreTrainedConfig.get_config_dict(name_or_path, **here)
     if description.get("model_type") == "deepseek":
         from . import deepseek
         deepseek.register()
     packed = (description.get("quantization_config") or {}).get("quant_method")
     if quantization_config is None and packed in UNPACKING:
         quantization_config = UNPACKING[packed](dequantize=True)
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
+    where = {**here, "trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left", **where)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -99,11 +100,12 @@ def _check_experts(model: PreTrainedModel) -> None:
         if not quantised:
             raise
         types = {"modules of the quantisation's own"}
-    if packed := [str(t) for t in sorted(types, key=str) if t not in (torch.float64, torch.float32, torch.bfloat16, torch.float16)]:
+    floats = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+    if packed := sorted(map(str, types - floats)):
         method = getattr(getattr(model.config, "quantization_config", None), "quant_method", "quantisation")
-        raise ValueError(f"{method} keeps the experts as {', '.join(packed)}, which no gradient passes, and the posterior needs "
-                         "one: unpack them (quantization_config=...(dequantize=True)), or quantise in a way that leaves the experts "
-                         "alone (bitsandbytes does), or load another checkpoint")
+        raise ValueError(f"{method} keeps the experts as {', '.join(packed)}, which no gradient passes, and the posterior needs one: "
+                         "unpack them (quantization_config=...(dequantize=True)), or quantise in a way that leaves the experts alone "
+                         "(bitsandbytes does), or load another checkpoint")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") -> PreTrainedTokenizerFast:

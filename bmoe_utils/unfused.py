@@ -30,10 +30,10 @@ def is_unfused(name: str, module: nn.Module) -> bool:
 
 
 def gathered_rows(x: Tensor, source: Tensor) -> Tensor | None:
-    """Which row of ``source [..., d]`` (leading dimensions flattened) each row of ``x [n, d]`` is, ``[n]``, by the graph between them.
+    """Which row of ``source [..., d]`` (flattened to rows) each row of ``x [n, d]`` is, ``[n]``, by the graph between them.
 
-    None where ``x`` is anything but distinct rows of it. The cotangent of row i spells i + 1 in binary over the channels, so that the
-    gradient is exact in every dtype.
+    None where ``x`` is anything but distinct rows of it. The cotangent of row i spells i + 1 in binary over the channels, so
+    that the gradient is exact in every dtype.
     """
     n, d = x.shape
     bits = torch.arange(n.bit_length(), device=x.device)
@@ -54,9 +54,9 @@ def gathered_rows(x: Tensor, source: Tensor) -> Tensor | None:
 
 @contextmanager
 def watching(name: str, block: nn.Module, experts: nn.ModuleList, record: Callable) -> Iterator[None]:
-    """While active, a forward pass of ``block``, which holds ``experts``, ends in ``record(a [S, f], z, expert [S], token [S])``, sorted
-    by expert: the second layers' inputs, the experts' parts of their outputs (each ``[..., d]``, in the graph), and where each
-    slot comes from. ``RuntimeError`` if an expert's input is not a gather of the block's."""
+    """While active, a forward pass of ``block``, which holds ``experts``, ends in ``record(a [S, f], z, expert [S], token [S])``,
+    sorted by expert: the second layers' inputs, their outputs (one tensor ``[..., d]`` an expert, in the graph), and where
+    each slot comes from. ``RuntimeError`` if an expert's input is not a gather of the block's."""
     source: list[Tensor] = []
     inputs, seen = {}, {}
 
@@ -76,7 +76,7 @@ def watching(name: str, block: nn.Module, experts: nn.ModuleList, record: Callab
             x = inputs[e]
             token = gathered_rows(x.reshape(-1, x.shape[-1]), source[0]) if a.shape[:-1] == x.shape[:-1] else None
             if token is None:
-                raise RuntimeError(f"expert {e} of {name!r} is not given hidden states of tokens as they are; it cannot be captured")
+                raise RuntimeError(f"expert {e} of {name!r} is not given tokens' hidden states as they are: no capture")
             parts.append((a.reshape(-1, a.shape[-1]), torch.full_like(token, e), token))
         if parts:
             a, expert, token = map(torch.cat, zip(*parts, strict=True))

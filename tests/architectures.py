@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from tiny import VOCAB, autograd_jacobians, captured_jacobians, single_items, tiny_batch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -53,7 +53,8 @@ SMALL = dict(
 )
 # Where that is not a valid config of the architecture, or leaves out what makes it one.
 OVERRIDES = {
-    "dbrx": dict(d_model=16, n_heads=2, n_layers=2, max_seq_len=64, attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
+    "dbrx": dict(d_model=16, n_heads=2, n_layers=2, max_seq_len=64,
+                 attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
                  ffn_config=dict(ffn_hidden_size=6, moe_num_experts=4, moe_top_k=2)),
     "deepseek_v4": dict(mlp_layer_types=["moe", "moe"]),
     "lfm2_moe": dict(layer_types=["full_attention", "conv"]),
@@ -106,7 +107,7 @@ def found() -> tuple[tuple[str, ...], dict[str, str]]:
         if not any(speaks.search(p.read_text(encoding="utf-8")) for p in folder.glob("configuration_*.py")):
             continue  # importing every config of transformers would take seconds
         config = CONFIG_MAPPING[kind]
-        parts = [c for c in getattr(config, "sub_configs", {}).values() if c is not PreTrainedConfig and dataclasses.is_dataclass(c)]
+        parts = [c for c in getattr(config, "sub_configs", {}).values() if dataclasses.is_dataclass(c)]
         text = [c.model_type for c in parts if of_experts(c) and c.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
         if text:
             wrappers[kind] = text[0]
@@ -199,8 +200,8 @@ def table() -> str:
     passing = [k for k in types if k not in FAILS]
     lines = [
         "# Mixture-of-experts language models of transformers", "",
-        f"Written by `python tests/architectures.py` for transformers {transformers.__version__}, which has {len(types)} such causal LMs: "
-        f"{len(passing)} pass every check of `tests/test_architectures.py`, the others say why not.", "",
+        f"Written by `python tests/architectures.py` for transformers {transformers.__version__}, which has {len(types)} such causal "
+        f"LMs: {len(passing)} pass every check of `tests/test_architectures.py`, the others say why not.", "",
         "*Experts*: per-item, per-class Jacobians of every expert's second linear layer equal autograd's; fit, prediction and "
         "files work and leave the model bit for bit as it was. *Routers*: each of the "
         f"{len(FAMILIES)} methods attaches, is the model's own router bit for bit without noise, detaches, saves and loads.", "",
@@ -208,11 +209,15 @@ def table() -> str:
     ]
     for kind in types:
         experts, routers = FAILS.get(kind, (None, None))
-        note = experts or routers or (f"routers: whole-model inference only, the rule {WHOLE_MODEL[kind]}" if kind in WHOLE_MODEL else "")
+        whole = f"routers: whole-model inference only, the rule {WHOLE_MODEL[kind]}" if kind in WHOLE_MODEL else ""
+        note = experts or routers or whole
         marks = ["no" if r else "yes" for r in (experts, routers)]
         lines.append(f"| `{kind}` | {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]} | {' | '.join(marks)} | {note} |")
     lines += ["", "The language models of these multimodal types are those above: "
-              + ", ".join(f"`{k}` (`{v}`)" for k, v in wrappers.items()) + "."]
+              + ", ".join(f"`{k}` (`{v}`)" for k, v in wrappers.items()) + ".", "",
+              "Beside them: DeepSeek-MoE-16B (`deepseek`), which transformers has no class for, is registered by `bmoe_utils/deepseek.py` "
+              "and tested in `tests/test_deepseek.py`; experts that a checkpoint's own code keeps as modules of `nn.Linear` are "
+              "captured by `bmoe_utils/unfused.py` and tested in `tests/test_unfused.py`."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""DeepSeek-MoE-16B's architecture: a tiny checkpoint in the layout of the hub, against a forward pass written out from the paper."""
+"""DeepSeek-MoE-16B's architecture: a tiny checkpoint in the hub's layout, against a forward pass written out from the paper."""
 
 import json
 import math
@@ -104,7 +104,8 @@ def paper_logits(w, ids):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("hub") / "deepseek", CONFIG, original_tensors(), tokenizer_class="LlamaTokenizerFast")
+    folder = tmp_path_factory.mktemp("hub") / "deepseek"
+    return write_checkpoint(folder, CONFIG, original_tensors(), tokenizer_class="LlamaTokenizerFast")
 
 
 @pytest.fixture(scope="module")

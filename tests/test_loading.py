@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tiny import tiny_batch, tiny_model, write_checkpoint
 from torch.nn.functional import silu
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 
 import bmoe_utils as bm
 from bmoe_utils import checkpoints, models
@@ -25,11 +26,11 @@ COMMON = {"vocab_size": 300, "hidden_size": D, "num_hidden_layers": 2, "num_atte
 CONFIGS = {
     "Qwen/Qwen1.5-MoE-A2.7B": {
         "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "decoder_sparse_step": 1, "intermediate_size": 24,
-        "max_window_layers": 21, "moe_intermediate_size": F, "norm_topk_prob": False, "num_experts": E, "output_router_logits": False,
-        "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 12, "sliding_window": 32, "use_sliding_window": False},
+        "max_window_layers": 21, "moe_intermediate_size": F, "norm_topk_prob": False, "num_experts": E,
+        "output_router_logits": False, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 12, "sliding_window": 32, "use_sliding_window": False},
     "ibm-granite/granite-3.1-3b-a800m-instruct": {
-        "architectures": ["GraniteMoeForCausalLM"], "model_type": "granitemoe", "attention_bias": False, "attention_multiplier": 0.2,
-        "embedding_multiplier": 12.0, "intermediate_size": F, "logits_scaling": 6.0, "num_local_experts": E,
+        "architectures": ["GraniteMoeForCausalLM"], "model_type": "granitemoe", "attention_bias": False,
+        "attention_multiplier": 0.2, "embedding_multiplier": 12.0, "intermediate_size": F, "logits_scaling": 6.0, "num_local_experts": E,
         "output_router_logits": False, "residual_multiplier": 0.22, "rope_scaling": None, "router_aux_loss_coef": 0.001},
     "allenai/OLMoE-1B-7B-0924": {
         "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "attention_bias": False, "clip_qkv": None,
@@ -53,7 +54,8 @@ CONFIGS = {
         "n_routed_experts": E, "n_shared_experts": 1, "norm_topk_prob": True, "q_lora_rank": 128, "qk_nope_head_dim": 64,
         "qk_rope_head_dim": 128, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_group": 2,
         "topk_method": "noaux_tc", "v_head_dim": 64, "torch_dtype": "bfloat16",
-        "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}},
+        "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                                "weight_block_size": [128, 128]}},
 }
 NAMES = list(CONFIGS)
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
@@ -111,7 +113,8 @@ def moe_tensors(model, draws, block):
     draws.plain(f"{block}.gate.weight", E, d, scale=0.5 if d == D else 0.1)
     ours = block.replace("block_sparse_moe", "mlp")
     return {f"{ours}.experts.gate_up_proj": torch.cat([stack(f"{block}.experts.{{}}.{p}.weight") for p in (gate, up)], 1),
-            f"{ours}.experts.down_proj": stack(f"{block}.experts.{{}}.{down}.weight"), f"{ours}.gate.weight": m[f"{block}.gate.weight"]}
+            f"{ours}.experts.down_proj": stack(f"{block}.experts.{{}}.{down}.weight"),
+            f"{ours}.gate.weight": m[f"{block}.gate.weight"]}
 
 
 def hub_checkpoint(model, folder):
@@ -281,6 +284,16 @@ def test_the_callers_quantisation_is_handed_on(tmp_path, monkeypatch):
     assert seen == [config, None]
 
 
+def test_a_packed_checkpoints_own_settings_are_kept_and_only_the_unpacking_added():
+    """On a CPU transformers unpacks them anyway; on a GPU it does because of this."""
+    for name, config in CONFIGS.items():
+        if packed := config.get("quantization_config"):
+            asked = models.UNPACKING[packed["quant_method"]](dequantize=True)
+            merged = AutoHfQuantizer.merge_quantization_configs(dict(packed), asked)
+            assert merged.dequantize and merged.quant_method == packed["quant_method"], name
+            assert getattr(merged, "modules_to_not_convert", None) == packed.get("modules_to_not_convert")
+
+
 # ---- devices --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("architecture", ["qwen2_moe", "minimax_m2", "afmoe"])
 def test_an_offloaded_model_gives_what_a_whole_one_does(architecture, tmp_path):
@@ -291,7 +304,8 @@ def test_an_offloaded_model_gives_what_a_whole_one_does(architecture, tmp_path):
     (tmp_path / "model" / "model.safetensors.index.json").unlink()
     whole.save_pretrained(tmp_path / "model")
     parts = {n: "cpu" for n, _ in whole.named_children()} | {f"model.{n}": "cpu" for n, _ in whole.model.named_children()}
-    places = {k: v for k, v in parts.items() if k not in ("model", "model.layers")} | {"model.layers.0": "disk", "model.layers.1": "cpu"}
+    places = {k: v for k, v in parts.items() if k not in ("model", "model.layers")}
+    places |= {"model.layers.0": "disk", "model.layers.1": "cpu"}
     model, _ = bm.load_model(tmp_path / "model", device_map=places, offload_folder=tmp_path / "off")
     model.set_experts_implementation("eager")  # these widths are too narrow for the grouped kernel
     assert [m.down_proj.is_meta for m in expert_layers(model).values()] == [True, False]
@@ -343,7 +357,8 @@ def nothing_is_loaded(monkeypatch):
         monkeypatch.setattr(loader, "from_pretrained", lambda *a, **k: pytest.fail("loading began"))
 
 
-@pytest.mark.parametrize("file, said", [("config.json", "config.json"), ("model-00002-of-00002.safetensors", "model-00002-of-00002"),
+@pytest.mark.parametrize("file, said", [("config.json", "config.json"),
+                                        ("model-00002-of-00002.safetensors", "model-00002-of-00002"),
                                         ("model.safetensors.index.json", "no model.safetensors")])
 def test_a_folder_that_is_not_whole_is_named_before_it_is_loaded(checkpoint, file, said, nothing_is_loaded):
     (checkpoint / file).unlink()

@@ -153,7 +153,7 @@ def test_an_input_that_is_no_gather_is_refused():
     model = unfused(tiny_model("mixtral"), "loop")
     expert = model.model.layers[1].mlp.experts[2]
     expert.register_forward_pre_hook(lambda _, args: (args[0] * 2,), prepend=True)
-    with pytest.raises(RuntimeError, match="expert 2 of 'model.layers.1.mlp.experts' is not given hidden states"):
+    with pytest.raises(RuntimeError, match="expert 2 of 'model.layers.1.mlp.experts' is not given tokens' hidden states"):
         bm.ExpertLaplace(model).fit([tiny_batch(8)], progress=False)
     assert not any(m._forward_hooks for m in model.modules())
 
