@@ -101,16 +101,17 @@ class Rule:
         outputs = type(self._copy).forward(self._copy, logits)  # not __call__: the copy shares the router's hooks
         return tuple(outputs[i].to(self.dtypes[i]) for i in self.order)
 
-    def select(self, logits: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Chooses the experts by ``noisy`` logits and weighs them as the rule weighs them at ``logits``."""
-        _, own_weights, own = self(logits)
+    def select(self, outputs: tuple[Tensor, ...], logits: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Chooses the experts by ``noisy`` logits and weighs them as the rule weighs them at ``logits``, where the router itself
+        gave ``outputs``."""
+        _, own_weights, own = (outputs[i] for i in self.order)
         indices = self(noisy)[2]
         outputs = type(self._all).forward(self._all, logits)
         everyone = torch.zeros_like(logits).scatter(1, outputs[self.order[2]], outputs[self.order[1]].to(logits.dtype))
         weights = everyone.gather(1, indices)
         if self.normalised:
             weights = weights * (self.total / weights.sum(-1, keepdim=True))
-        # Where the draw is the rule's own choice it is the rule's own result, order and last bit.
+        # Where the draw is the router's own choice it is the router's own result, order and last bit.
         same = (indices.sort(-1).values == own.sort(-1).values).all(-1, keepdim=True)
         logits = logits.to(self.dtypes[self.order[0]])
         return logits, torch.where(same, own_weights, weights.to(own_weights.dtype)), torch.where(same, own, indices)
