@@ -12,11 +12,9 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 
 from . import routing
-
-# Elements of dropout masks held at once: a mask per sample and token is S n d numbers.
-CHUNK_ELEMENTS = 2**24
 
 
 class Family(nn.Module):
@@ -24,6 +22,7 @@ class Family(nn.Module):
 
     defaults: dict = {}
     selects = False  # True: the method samples the selection and has no distribution over logits
+    centred = False  # True: deviations are from the samples' own mean, which costs their variance a degree of freedom
 
     def __init__(self, router: nn.Module, **options):
         super().__init__()
@@ -46,12 +45,17 @@ class Family(nn.Module):
         weight = self.router.weight.detach().to(self.dtype)
         return weight + self.mean_shift if len(self.mean_shift) else weight
 
-    def offsets(self, u: Tensor, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """``centre [n, E]`` and ``deviations [S, n, E]`` (None: none) of the logits; in train mode of what is trained."""
+    def offsets(self, u: Tensor, samples: int, generator: torch.Generator,
+                moments: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+        """``centre [n, E]`` and ``deviations [S, n, E]`` (None: none) of the logits; in train mode of what is trained.
+
+        ``moments``: those of the same ``u``, where they are already known.
+        """
         return u.new_zeros(len(u), self.num_experts), None
 
     def moments(self, u: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Where the logits are Gaussian: ``centre [n, E]`` and the covariance's root, ``[n, E]`` (diagonal) or ``[n, E, E]``."""
+        """Where the logits are Gaussian: ``centre [n, E]`` and a root of their covariance, ``[n, E]`` (diagonal) or ``R`` of
+        ``Sigma = R R^T``, ``[n, E, any]``."""
         return None
 
     def divergence(self, u: Tensor) -> Tensor | None:
@@ -66,32 +70,55 @@ def _randn(generator: torch.Generator, *shape: int, like: Tensor) -> Tensor:
     return torch.randn(*shape, dtype=like.dtype, device=like.device, generator=generator)
 
 
+class Gaussian(Family):
+    """Gaussian logits, drawn token by token from their moments in antithetic pairs (:func:`routing.mirrored`)."""
+
+    def offsets(self, u, samples, generator, moments=None):
+        centre, root = self.moments(u) if moments is None else moments
+        noise = _randn(generator, (samples + 1) // 2, len(u), root.shape[-1], like=u)
+        half = root * noise if root.dim() == 2 else torch.einsum("nij,snj->sni", root, noise)
+        return centre, routing.mirrored(half, samples)
+
+
 # ---- weight space ---------------------------------------------------------------------------------------------------
 class MCDropout(Family):
-    """Dropout on the router's input, in training and at inference (arXiv 1506.02142): a mask per sample and token."""
+    """Dropout on the router's input, in training and at inference (arXiv 1506.02142).
 
-    defaults = {"dropout": 0.1}
+    ``mask="token"``: a mask per sample and token. ``"sample"``: one per sample for all tokens of a pass, which is dropout of
+    W's columns; every token's logits have the same law as with a mask of its own, only not independently of its neighbours'.
+    """
 
-    def build(self, dropout: float) -> None:
+    defaults = {"dropout": 0.1, "mask": "token"}
+
+    def build(self, dropout: float, mask: str) -> None:
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} is not in [0, 1)")
+        if mask not in ("token", "sample"):
+            raise ValueError(f"mask={mask!r} is not 'token' or 'sample'")
         self.delta = nn.Parameter(torch.zeros(self.num_experts, self.width))
 
-    def offsets(self, u, samples, generator):
-        p, weight = self.options["dropout"], self.weight + self.delta
-        centre = u @ self.delta.mT
-        parts, at_once = [], max(1, CHUNK_ELEMENTS // max(1, u.numel()))
-        for start in range(0, samples, at_once):
-            shape = (min(at_once, samples - start), *u.shape)
-            kept = torch.rand(shape, dtype=u.dtype, device=u.device, generator=generator) >= p
-            parts.append((u * (kept / (1 - p) - 1)) @ weight.mT)  # the noise alone: 0.0 at p = 0
-        return centre, torch.cat(parts)
+    def offsets(self, u, samples, generator, moments=None):
+        p, weight = self.options["dropout"], (self.weight + self.delta).mT.contiguous()  # [d, E]
+        positions = lambda trials: routing.bernoulli_positions(trials, p, u, generator)  # noqa: E731
+        dropped = []  # what each mask takes from the logits, [n, E]: only the inputs it drops are drawn and multiplied
+        if self.options["mask"] == "token":
+            flat, rows = u.reshape(-1), torch.arange(0, u.numel(), self.width, device=u.device)
+            for _ in range(samples):
+                at = positions(len(flat))
+                dropped.append(embedding_bag(at % self.width, weight, torch.searchsorted(at, rows), mode="sum",
+                                             per_sample_weights=flat.index_select(0, at)))
+        else:
+            columns, at = u.mT.contiguous(), positions(samples * self.width)
+            ends = torch.searchsorted(at, torch.arange(1, samples + 1, device=u.device) * self.width)
+            for one in (at % self.width).tensor_split(ends[:-1].tolist()):
+                dropped.append(columns[one].mT @ weight[one])
+        return u @ self.delta.mT, (p * (u @ weight) - torch.stack(dropped)) / (1 - p)  # the noise alone: 0.0 at p = 0
 
 
 class Swag(Family):
     """SWA mean, diagonal and low-rank deviations of ``W`` along the tail of training (arXiv 1902.02476).
 
-    One weight sample serves all tokens of a forward pass; a new pass draws new ones.
+    One weight sample serves all tokens of a forward pass; a new pass draws new ones. Inside, they come in antithetic pairs.
     """
 
     defaults = {"rank": 20, "scale": 0.5}
@@ -104,25 +131,24 @@ class Swag(Family):
         for name, value in (("mean", torch.zeros(shape)), ("variance", torch.zeros(shape)), ("low_rank", torch.zeros(1, *shape))):
             self.register_buffer(name, value)
 
-    def offsets(self, u, samples, generator):
+    def offsets(self, u, samples, generator, moments=None):
         if self.training:
             return u @ self.delta.mT, None
-        noise = routing.swag_sample(torch.zeros_like(self.mean), self.variance, self.low_rank, samples,
+        noise = routing.swag_sample(torch.zeros_like(self.mean), self.variance, self.low_rank, (samples + 1) // 2,
                                     scale=self.options["scale"], generator=generator)
-        return u @ self.mean.mT, torch.einsum("nd,sed->sne", u, noise)
+        return u @ self.mean.mT, routing.mirrored(torch.einsum("nd,sed->sne", u, noise), samples)
 
     def moments(self, u):  # linear in Gaussian weights: the logits are Gaussian too, exactly
-        scale = self.options["scale"]
+        own = torch.diag_embed((u.square() @ self.variance.mT).sqrt())
         along = torch.einsum("nd,ked->nek", u, self.low_rank)
-        cov = scale * (torch.diag_embed(u.square() @ self.variance.mT) + along @ along.mT)
-        values, vectors = torch.linalg.eigh(cov)
-        return u @ self.mean.mT, vectors * values.clamp(min=0).sqrt()[:, None, :]
+        return u @ self.mean.mT, math.sqrt(self.options["scale"]) * torch.cat([own, along], -1)
 
 
 class Ensemble(Family):
     """M routers trained from different seeds and orders (arXiv 1612.01474); the samples are the members, each once."""
 
     defaults = {"members": 5}
+    centred = True
 
     def build(self, members: int) -> None:
         if members < 1:
@@ -139,14 +165,14 @@ class Ensemble(Family):
     def count_samples(self, samples: int) -> int:
         return self.options["members"]
 
-    def offsets(self, u, samples, generator):
+    def offsets(self, u, samples, generator, moments=None):
         if samples == 1:
             return u @ self.members[self.active % len(self.members)].mT, None
         logits = torch.einsum("nd,sed->sne", u, self.delta)
         return logits.mean(0), logits - logits.mean(0)
 
 
-class Laplace(Family):
+class Laplace(Gaussian):
     """Kronecker Laplace of ``W`` from the task's likelihood; its logits are the exact Gaussian of that posterior.
 
     ``l | u ~ N(W u, U_G diag(v(u)) U_G^T)`` (:func:`routing.kron_logit_variance`). Unfitted it is the prior.
@@ -169,15 +195,6 @@ class Laplace(Family):
         v = routing.kron_logit_variance(u, self.alpha, self.basis_a, self.gamma, self.count, self.precision)
         return u.new_zeros(len(u), self.num_experts), self.basis_g * v.sqrt()[:, None, :]
 
-    def offsets(self, u, samples, generator):
-        centre, root = self.moments(u)
-        return centre, _correlate(root, _randn(generator, samples, *centre.shape, like=u))
-
-
-def _correlate(root: Tensor, noise: Tensor) -> Tensor:
-    """``root [n, E]`` or ``[n, E, E]`` times ``noise [S, n, E]``."""
-    return root * noise if root.dim() == 2 else torch.einsum("nij,snj->sni", root, noise)
-
 
 # ---- logit space ----------------------------------------------------------------------------------------------------
 def _head(width: int, outputs: int, bias: Tensor | float = 0.0) -> nn.Linear:
@@ -196,7 +213,7 @@ def _trunk(width: int, hidden: int | None) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, hidden), nn.SiLU())
 
 
-class MeanField(Family):
+class MeanField(Gaussian):
     """``q(l|u) = N(l_det + dmu(u), diag s^2(u))``, prior ``N(l_det, prior_std^2 I)``, in the paper the unit one; a shared
     trunk of width d/4 (arXiv 2603.09453). ``init_std``: where ``s`` starts, by default at the prior: unfitted it is the prior."""
 
@@ -232,33 +249,54 @@ class MeanField(Family):
         prior = self.options["prior_std"]
         return routing.kl_diagonal(mu / prior, log_std - math.log(prior))
 
-    def offsets(self, u, samples, generator):
-        centre, root = self.moments(u)
-        return centre, _correlate(root, _randn(generator, samples, *centre.shape, like=u))
-
 
 class FullCovariance(MeanField):
-    """The same with a Cholesky factor ``L(u)``, its diagonal through exp: ``q(l|u) = N(l_det + dmu(u), L L^T)``."""
+    """The same with a Cholesky factor ``L(u)``, its diagonal through exp: ``q(l|u) = N(l_det + dmu(u), L L^T)``.
+
+    ``rank=r``: ``diag s^2(u) + V(u) V(u)^T`` instead, ``V [E, r]``. The head has ``E (1 + r)`` outputs and not ``E (E + 1) / 2``.
+    """
+
+    defaults = MeanField.defaults | {"rank": None}
+
+    def build(self, trunk: int | None, prior_std: float, init_std: float | None, rank: int | None) -> None:
+        if rank is not None and not 1 <= rank <= self.num_experts:
+            raise ValueError(f"rank={rank} is not None (a full Cholesky factor) or between 1 and the {self.num_experts} experts")
+        super().build(trunk, prior_std, init_std)
+        rows, columns = torch.tril_indices(self.num_experts, self.num_experts)
+        self.register_buffer("lower", rows * self.num_experts + columns, persistent=False)  # where L's entries stand in [E * E]
 
     @property
     def scale_size(self) -> int:
-        return self.num_experts * (self.num_experts + 1) // 2
+        E, rank = self.num_experts, self.options["rank"]
+        return E * (E + 1) // 2 if rank is None else E * (1 + rank)
 
     def scale_bias(self, log_std):
+        if self.options["rank"] is not None:
+            return torch.cat([torch.full((self.num_experts,), log_std), torch.zeros(self.scale_size - self.num_experts)])
         rows, columns = torch.tril_indices(self.num_experts, self.num_experts)
         return (rows == columns) * log_std
 
+    def _low_rank(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        log_std, V = entries.split([self.num_experts, self.scale_size - self.num_experts], -1)
+        return log_std, V.unflatten(-1, (self.num_experts, -1))
+
     def moments(self, u):
         mu, entries = self._parts(u)
-        rows, columns = torch.tril_indices(self.num_experts, self.num_experts, device=u.device)
-        entries = torch.where(rows == columns, entries.exp(), entries)
-        L = u.new_zeros(len(u), self.num_experts, self.num_experts).index_put(
-            (torch.arange(len(u), device=u.device)[:, None], rows[None], columns[None]), entries)
+        if self.options["rank"] is not None:
+            log_std, V = self._low_rank(entries)
+            return mu, torch.cat([torch.diag_embed(log_std.exp()), V], -1)
+        L = entries.new_zeros(len(u), self.num_experts**2).index_copy_(1, self.lower, entries).unflatten(1, (self.num_experts, -1))
+        torch.diagonal(L, dim1=-2, dim2=-1).exp_()
         return mu, L
 
     def divergence(self, u):
+        prior = self.options["prior_std"]
+        if self.options["rank"] is not None:
+            mu, entries = self._parts(u)
+            log_std, V = self._low_rank(entries)
+            return routing.kl_low_rank(mu / prior, log_std - math.log(prior), V / prior)
         mu, L = self.moments(u)
-        return routing.kl_cholesky(mu / self.options["prior_std"], L / self.options["prior_std"])
+        return routing.kl_cholesky(mu / prior, L / prior)
 
 
 # ---- selection space ------------------------------------------------------------------------------------------------

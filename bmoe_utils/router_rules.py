@@ -180,16 +180,17 @@ class Rule:
         """``logits [N, E]`` -> logits, weights ``[N, K]``, indices ``[N, K]``, in the types the router itself gives."""
         return tuple(o.to(self.dtypes[i]) for i, o in zip(self.order, self._outputs(self._copy, logits), strict=True))
 
-    def select(self, logits: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Chooses the experts by ``noisy`` logits and weighs them as the rule weighs them at ``logits``."""
-        shown, own_weights, own = self(logits)
+    def select(self, outputs: tuple[Tensor, ...], logits: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Chooses the experts by ``noisy`` logits and weighs them as the rule weighs them at ``logits``, where the router itself
+        gave ``outputs``."""
+        shown, own_weights, own = (outputs[i].reshape(len(logits), -1) for i in self.order)
         indices = self(noisy)[2]
         _, weights, all_indices = self._outputs(self._all, logits)
         everyone = torch.zeros_like(logits).scatter(1, all_indices, weights.to(logits.dtype))
         weights = everyone.gather(1, indices)
         if self.normalised:  # to the sum of K, not of E
             weights = weights * (self.total / weights.sum(-1, keepdim=True))
-        # Where the draw is the rule's own choice it is the rule's own result, order and last bit.
+        # Where the draw is the router's own choice it is the router's own result, order and last bit.
         same = (indices.sort(-1).values == own.sort(-1).values).all(-1, keepdim=True)
         return shown, torch.where(same, own_weights, weights.to(own_weights.dtype)), torch.where(same, own, indices)
 

@@ -138,7 +138,7 @@ class Routers:
             T = self.noise_scale * family.temperature(u, generator)
             noisy = l + T * routing.gumbel_noise(l, generator)
             # In training the rule sees the noisy logits themselves: a Gumbel softmax, through which T has a gradient.
-            outputs = rule.pack(*(rule(fill(noisy)) if self.training else rule.select(logits, fill(noisy))))
+            outputs = rule.pack(*(rule(fill(noisy)) if self.training else rule.select(outputs, logits, fill(noisy))))
             self._record(layer, l, temperature=T[:, 0])
         else:
             shifted, signals = self._shifted(family, rule, u, l)
@@ -158,15 +158,16 @@ class Routers:
             mean = l + centre
             return mean + routing.sample_free_shift(mean, cov, rule.link), signals
         single = self.training or self.inference == "whole-model"
-        centre, deviations = family.offsets(u, 1 if single else family.count_samples(self.num_samples), self._generator(u.device))
+        samples = 1 if single else family.count_samples(self.num_samples)
+        centre, deviations = family.offsets(u, samples, self._generator(u.device), gaussian)
         mean = l + centre
         if deviations is None:
             return mean, signals
-        deviations = scale * deviations
+        deviations = deviations if scale == 1 else scale * deviations
         if single:
             return mean + deviations[0], signals
-        if len(deviations) > 1:
-            signals["mc_logit_variance"] = deviations.var(0).sum(-1)
+        if len(deviations) > 1:  # about the known centre; tensor.var is thirty times as slow over the first axis
+            signals["mc_logit_variance"] = deviations.detach().square().sum(0).sum(-1) / (len(deviations) - family.centred)
         return mean + routing.sampled_shift(mean, mean + deviations, rule.link), signals
 
     @property
@@ -183,9 +184,11 @@ class Routers:
     def _record(self, layer: int, logits: Tensor, **signals: Tensor) -> None:
         if self._real is None or self.training:
             return
-        log_p = routing.log_scores(logits.detach(), self.rules[layer].link or "softmax")
-        signals["gate_entropy"] = routing.entropy(log_p.log_softmax(-1))  # sigmoid scores: made a distribution
-        self._records.append({k: v.detach().double().cpu() for k, v in signals.items()})
+        log_p = logits.detach().log_softmax(-1)
+        if self.rules[layer].link == "sigmoid":  # scores made a distribution
+            log_p = routing.log_scores(logits.detach(), "sigmoid").log_softmax(-1)
+        signals["gate_entropy"] = routing.entropy(log_p)
+        self._records.append({k: v.detach() for k, v in signals.items()})  # left on their device: no layer waits for a copy
 
     def _summarise(self, records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         real, out = self._real.cpu(), {}
@@ -195,7 +198,7 @@ class Routers:
             by_layer = []
             for record in records:
                 full = torch.zeros(real.shape, dtype=torch.float64)
-                full[real] = record[name]
+                full[real] = record[name].double().cpu()
                 by_layer.append(full)
             mean = torch.stack(by_layer).mean(0)
             out[f"{name}_last"], out[f"{name}_mean"] = mean[:, -1], routing.masked_mean(mean, real)

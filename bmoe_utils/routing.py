@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid
 
 # Nodes of the one-dimensional Gauss-Hermite rule of the sample-free path. 9 integrate a sigmoid under N(m, s^2) to 1e-6, 4e-4,
 # 4e-3 at s = 1, 2, 3 (measured, worst m), a tenth of the error of the step before it.
-_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(9)
+SAMPLE_FREE_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(9)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 
 
@@ -39,6 +39,17 @@ def kl_cholesky(mu: Tensor, L: Tensor) -> Tensor:
     """
     log_det = torch.diagonal(L, dim1=-2, dim2=-1).log().sum(-1)
     return 0.5 * (L.square().sum((-2, -1)) + mu.square().sum(-1) - mu.shape[-1]) - log_det
+
+
+def kl_low_rank(mu: Tensor, log_std: Tensor, V: Tensor) -> Tensor:
+    """``KL(N(mu, diag s^2 + V V^T) || N(0, I))``, ``mu``, ``log_std [..., E]``, ``V [..., E, R]`` -> ``[...]``.
+
+    :func:`kl_diagonal`, plus half of ``||V||_F^2 - log det(I + V^T diag(s^-2) V)`` (the matrix determinant lemma).
+    """
+    scaled = V / log_std.exp()[..., None]
+    root = torch.linalg.cholesky(torch.eye(V.shape[-1], dtype=V.dtype, device=V.device) + scaled.mT @ scaled)
+    half_log_det = torch.diagonal(root, dim1=-2, dim2=-1).log().sum(-1)
+    return kl_diagonal(mu, log_std) + 0.5 * V.square().sum((-2, -1)) - half_log_det
 
 
 def kl_normal(mean: Tensor, log_std: Tensor, prior_mean: float, prior_std: float) -> Tensor:
@@ -62,6 +73,32 @@ def jaccard(a: Tensor, b: Tensor) -> Tensor:
     return both / (a.shape[-1] + b.shape[-1] - both)
 
 
+# ---- random numbers -------------------------------------------------------------------------------------------------
+def mirrored(half: Tensor, num_samples: int) -> Tensor:
+    """``half [ceil(S/2), ...]`` of symmetric noise followed by its negatives, cut to ``S``: antithetic pairs.
+
+    Each sample keeps its law; the two of a pair are dependent, so that whatever is odd in the noise cancels. Half the random
+    numbers, and a nearer average. With ``S`` odd the last of ``half`` stands alone.
+    """
+    return torch.cat([half, -half])[:num_samples]
+
+
+def bernoulli_positions(total: int, p: float, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Which of ``total`` independent trials of probability ``p < 1`` succeed: ascending int64, on ``like``'s device.
+
+    By the gaps between successes, which are geometric: ``p total`` uniform numbers (of ``like``'s dtype) and not ``total``.
+    """
+    found, last = torch.zeros(0, dtype=torch.long, device=like.device), -1
+    while p > 0 and last < total:  # once; with probability 3e-7 the draws do not reach the end, and it goes on
+        trials = total - last
+        draws = int(trials * p + 5 * math.sqrt(trials * p * (1 - p))) + 5
+        uniform = torch.rand(draws, dtype=like.dtype, device=like.device, generator=generator)
+        gaps = uniform.clamp_(min=torch.finfo(like.dtype).tiny).log_().mul_(1 / math.log1p(-p)).long()  # P(gap >= k) = (1 - p)^k
+        found = torch.cat([found, gaps.add_(1).cumsum(0).add_(last)])
+        last = int(found[-1])
+    return found[: int(torch.searchsorted(found, total))]
+
+
 # ---- averaged scores ------------------------------------------------------------------------------------------------
 def log_scores(logits: Tensor, link: str) -> Tensor:
     """The rule's score of every expert, log: ``softmax`` over the experts, or ``sigmoid`` of each on its own."""
@@ -75,22 +112,27 @@ def sampled_shift(logits: Tensor, samples: Tensor, link: str = "softmax") -> Ten
     """
     floor = torch.finfo(logits.dtype).tiny ** 0.8  # so small a score never matters, and no ratio overflows
 
-    def score(x: Tensor) -> Tensor:
-        return (x.softmax(-1) if link == "softmax" else x.sigmoid()).clamp(min=floor)
+    def log_mean_ratio(x: Tensor, start: Tensor) -> Tensor:
+        score = (lambda y: y.softmax(-1)) if link == "softmax" else torch.sigmoid
+        start = score(start).clamp(min=floor)
+        # The mean has the floor and not every score: one pass over [S, N, E] less. Below it, and unmoved, the ratio is 1 again.
+        return torch.maximum((score(x) / start).mean(0), floor / start).log()
 
     if link == "softmax":
-        return (score(samples) / score(logits)).mean(0).log()
-    # log odds: mean sigmoid(l) against mean sigmoid(-l)
-    return (score(samples) / score(logits)).mean(0).log() - (score(-samples) / score(-logits)).mean(0).log()
+        return log_mean_ratio(samples, logits)
+    return log_mean_ratio(samples, logits) - log_mean_ratio(-samples, -logits)  # log odds: mean sigmoid(l) against mean sigmoid(-l)
 
 
 def _log_ratio_of_sigmoids(start: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """``log E[sigmoid(y)] - log sigmoid(start)``, ``y ~ N(mean, variance)``, by Gauss-Hermite; exactly 0 if nothing moved."""
-    nodes, weights = (torch.as_tensor(x, dtype=mean.dtype, device=mean.device) for x in (_NODES, _WEIGHTS))
-    std = variance.clamp(min=torch.finfo(mean.dtype).tiny).sqrt()  # sqrt(0) has no gradient; tiny is no variance
-    y = mean[..., None] + std[..., None] * nodes
-    ratio = (logsigmoid(y) - logsigmoid(start)[..., None]).clamp(max=80)
-    return torch.log1p((weights * ratio.expm1()).sum(-1).clamp(min=-1 + torch.finfo(mean.dtype).eps))
+    nodes, weights = (torch.as_tensor(x, dtype=mean.dtype, device=mean.device) for x in (SAMPLE_FREE_NODES, _WEIGHTS))
+    tiny = torch.finfo(mean.dtype).tiny
+    std = variance.clamp(min=tiny).sqrt()  # sqrt(0) has no gradient; tiny is no variance
+    # Far out a sigmoid is an exponential, so that the ratio is the same from a start at which nothing underflows.
+    near = start.clamp(min=0.8 * math.log(tiny))
+    y = torch.addcmul(near + (mean - start), std, nodes.view(-1, *[1] * mean.dim()))  # [nodes, N, E]
+    average = torch.tensordot(weights, y.sigmoid(), 1).clamp(min=tiny)
+    return torch.where((variance > 0) | (mean != start), average.log() - logsigmoid(near), 0)
 
 
 def sample_free_shift(mean: Tensor, cov: Tensor, link: str = "softmax") -> Tensor:
@@ -110,21 +152,26 @@ def sample_free_shift(mean: Tensor, cov: Tensor, link: str = "softmax") -> Tenso
     v = torch.diagonal(cov, dim1=-2, dim2=-1) if full else cov
     if link == "sigmoid":
         return _log_ratio_of_sigmoids(mean, mean, v) - _log_ratio_of_sigmoids(-mean, -mean, v)
-    times = (lambda x: (cov @ x[..., None])[..., 0]) if full else (lambda x: cov * x)
+    times = (lambda x: (cov * x[..., None, :]).sum(-1)) if full else (lambda x: cov * x)
+    tiny = torch.finfo(mean.dtype).tiny
     q = mean.softmax(-1)
-    top = torch.zeros_like(q, dtype=torch.bool).scatter_(-1, q.argmax(-1, keepdim=True), True)
-    # The largest probability's complement, and its others' moments, by summing the others: 1 - q would cancel.
-    others = q.masked_fill(top, 0)
-    rest = torch.where(top, others.sum(-1, keepdim=True), 1 - q).clamp(min=torch.finfo(q.dtype).tiny)
-    w = others / others.sum(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
-    Cq, Cw = times(q), times(w)
-    first = lambda x_q, x_w, own: torch.where(top, x_w, (x_q - own) / rest)  # noqa: E731 - mean over the others
-    wv = first((q * v).sum(-1, keepdim=True), (w * v).sum(-1, keepdim=True), q * v)
-    wc = torch.where(top, Cw, (Cq - q * v) / rest)
-    wCw = torch.where(top, (w * Cw).sum(-1, keepdim=True),
-                      ((q * Cq).sum(-1, keepdim=True) - 2 * q * Cq + q * q * v) / rest.square())
-    y = q.clamp(min=torch.finfo(q.dtype).tiny).log() - rest.log()
-    return _log_ratio_of_sigmoids(y, y - 0.5 * (wv - wCw), v + wCw - 2 * wc)
+    # The moments of every expert's rivals are what is left of the sums over all. For the most probable expert that would
+    # cancel: its rivals are summed themselves.
+    top = q.argmax(-1, keepdim=True)
+    rivals = q.scatter(-1, top, 0)
+    total = rivals.sum(-1, keepdim=True).clamp(min=tiny)
+    rest = (1 - q).scatter(-1, top, total)
+    Cq, qv = times(q), q * v
+    qCq, wC = q * Cq, (Cq - qv) / rest
+    wCw = (qCq.sum(-1, keepdim=True) - 2 * qCq + q * qv) / rest.square()
+    bend, variance = (qv.sum(-1, keepdim=True) - qv) / rest - wCw, v + wCw - 2 * wC
+    w = rivals / total
+    Cw = times(w)
+    wCw = (w * Cw).sum(-1, keepdim=True)
+    bend = bend.scatter(-1, top, (w * v).sum(-1, keepdim=True) - wCw)
+    variance = variance.scatter(-1, top, v.gather(-1, top) + wCw - 2 * Cw.gather(-1, top))
+    y = q.clamp(min=tiny).log() - rest.log()
+    return _log_ratio_of_sigmoids(y, y - 0.5 * bend, variance)
 
 
 # ---- sampling without replacement -----------------------------------------------------------------------------------

@@ -41,26 +41,27 @@ def router_inputs(model, batch):
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", ["mfvr", "fcvr", "vtsr"])
-def test_the_divergence_is_its_formulas_mean_over_real_tokens(method):
+@pytest.mark.parametrize("method, variant", [("mfvr", {}), ("fcvr", {}), ("fcvr", {"rank": 2}), ("vtsr", {})])
+def test_the_divergence_is_its_formulas_mean_over_real_tokens(method, variant):
     model, batch = moe(), tiny_batch()
     u = router_inputs(model, batch)[0][batch["attention_mask"].bool().flatten()]
     for b in (batch, wide(batch)):
-        with attach_routers(model, method, layers=[0]) as routers:
+        with attach_routers(model, method, layers=[0], **variant) as routers:
             family = stir(routers).families[0]
             with torch.no_grad():
                 if method == "vtsr":
                     expected = -torch.nn.functional.softplus(family.net(family.trunk(u))).log().mean()
                 else:
                     mu, root = family.moments(u)
-                    q = [torch.distributions.MultivariateNormal(m, scale_tril=r if r.dim() == 2 else r.diag()) for m, r in zip(mu, root)]
+                    cov = root @ root.mT if root.dim() == 3 else torch.diag_embed(root.square())
+                    q = [torch.distributions.MultivariateNormal(m, c) for m, c in zip(mu, cov)]
                     prior = torch.distributions.MultivariateNormal(torch.zeros(4).double(), torch.eye(4).double())
                     expected = torch.stack([torch.distributions.kl_divergence(x, prior) for x in q]).mean()
             row, = fit(routers, [b], epochs=1, lr=1e-12)
             assert row["divergence"] == pytest.approx(float(expected), rel=1e-6)
-    with attach_routers(model, method) as routers:  # summed over layers: here both at their (equal) start
+    with attach_routers(model, method, **variant) as routers:  # summed over layers: here both at their (equal) start
         both, = fit(routers, [batch], epochs=1, lr=1e-12)
-    with attach_routers(model, method, layers=[0]) as routers:
+    with attach_routers(model, method, layers=[0], **variant) as routers:
         one, = fit(routers, [batch], epochs=1, lr=1e-12)
     assert both["divergence"] == pytest.approx(2 * one["divergence"], rel=1e-6, abs=1e-9)
 
@@ -99,14 +100,14 @@ def test_training_lowers_the_loss_and_repeats_itself(method):
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", [*TRAINED, "laplace"])
-def test_only_and_all_of_the_routers_own_parameters_learn(architecture, method):
+@pytest.mark.parametrize("method, variant", [*((m, {}) for m in [*TRAINED, "laplace"]), ("mcdropout", {"mask": "sample"}), ("fcvr", {"rank": 2})])
+def test_only_and_all_of_the_routers_own_parameters_learn(architecture, method, variant):
     model, batch = moe(architecture), tiny_batch()
     model.train()
     model.get_input_embeddings().eval()
     next(model.parameters()).requires_grad_(False)
     before = snapshot(model)
-    options = {"temperature_prior": (1.0, 0.5)} if method == "vtsr" else {"members": 2} if method == "ensemble" else {}
+    options = {"temperature_prior": (1.0, 0.5)} if method == "vtsr" else {"members": 2} if method == "ensemble" else variant
     routers = attach_routers(model, method, num_samples=2, **options)
     start = [p.detach().clone() for p in routers.parameters()]
     fit(routers, [batch], epochs=3, lr=0.01)

@@ -18,6 +18,9 @@ DEEPSEEK = dict(num_local_experts=8, moe_intermediate_size=6, n_shared_experts=1
                 intermediate_size=12)
 ACROSS_SHAPES = dict(rtol=1e-5, atol=1e-6)  # float32 inside transformers even in a float64 model: see test_laplace
 GAUSSIAN = ("laplace", "mfvr", "fcvr", "swag")
+# Every method, and those options that are another way of computing it.
+VARIANTS = [*((m, {}) for m in FAMILIES), ("mcdropout", {"mask": "sample"}), ("fcvr", {"rank": 2})]
+GAUSSIAN_VARIANTS = [v for v in VARIANTS if v[0] in GAUSSIAN]
 
 
 def moe(architecture="qwen2_moe", **overrides):
@@ -75,14 +78,14 @@ def test_the_identity_copy_is_the_routers_rule(architecture, dtype):
     assert rule.normalised == (architecture not in ("qwen2_moe", "olmoe"))
 
 
-@pytest.mark.parametrize("method", list(FAMILIES))
-def test_without_variance_every_router_is_the_deterministic_one_bit_for_bit(architecture, method):
+@pytest.mark.parametrize("method, variant", VARIANTS)
+def test_without_variance_every_router_is_the_deterministic_one_bit_for_bit(architecture, method, variant):
     model, batch = moe(architecture), tiny_batch()
     with torch.no_grad():
         expected = option_logits(model, batch)
         ways = [dict(inference=i, num_samples=7) for i in INFERENCE] + [dict(num_samples=None)] * (method in GAUSSIAN)
         for way in ways:
-            with attach_routers(model, method, **way) as routers:
+            with attach_routers(model, method, **way, **variant) as routers:
                 fresh = option_logits(model, batch)
                 routers.noise_scale = 0.0
                 assert torch.equal(option_logits(model, batch), expected)
@@ -92,7 +95,7 @@ def test_without_variance_every_router_is_the_deterministic_one_bit_for_bit(arch
                 else:
                     assert torch.equal(fresh, expected)
     for options in {"mcdropout": [dict(dropout=0.0)], "temperature": [dict(temperature=0.0)]}.get(method, []):
-        with attach_routers(model, method, **options), torch.no_grad():
+        with attach_routers(model, method, **options | variant), torch.no_grad():
             assert torch.equal(option_logits(model, batch), expected)
 
 
@@ -120,11 +123,11 @@ def by_hand(architecture, scores, k, choose=None):
     return (weights if architecture in ("qwen2_moe", "olmoe") else weights / weights.sum(1, keepdim=True)).sort(1).values
 
 
-@pytest.mark.parametrize("method", ["mfvr", "fcvr", "mcdropout", "laplace", "ensemble", "swag"])
-def test_inside_averages_the_scores_of_all_samples_and_selects_once(architecture, method):
+@pytest.mark.parametrize("method, variant", [v for v in VARIANTS if not FAMILIES[v[0]].selects and v[0] != "deterministic"])
+def test_inside_averages_the_scores_of_all_samples_and_selects_once(architecture, method, variant):
     model = moe(architecture)
     hidden = torch.randn(50, 16, dtype=torch.float64)
-    with attach_routers(model, method, num_samples=9) as routers, torch.no_grad():
+    with attach_routers(model, method, num_samples=9, **variant) as routers, torch.no_grad():
         stir(routers)
         family, module = routers.families[0], routers._modules[0]
         logits, weights, _ = module(hidden)
@@ -139,12 +142,12 @@ def test_inside_averages_the_scores_of_all_samples_and_selects_once(architecture
         assert not torch.allclose(weights, module(hidden)[1], atol=1e-3)
 
 
-@pytest.mark.parametrize("method", GAUSSIAN)
-def test_the_sample_free_router_is_the_limit_of_many_samples(method):
+@pytest.mark.parametrize("method, variant", GAUSSIAN_VARIANTS)
+def test_the_sample_free_router_is_the_limit_of_many_samples(method, variant):
     model, hidden = moe(), torch.randn(40, 16, dtype=torch.float64)
     weights = {}
     for samples in (None, 20_000):
-        with attach_routers(model, method, num_samples=samples) as routers, torch.no_grad():
+        with attach_routers(model, method, num_samples=samples, **variant) as routers, torch.no_grad():
             stir(routers, scale=0.1)
             routers.noise_scale = 0.15 if method == "laplace" else 1.0
             logits = routers._modules[0](hidden)[0]
@@ -181,9 +184,9 @@ def sampled_logits(routers, u, n=40_000):
     return centre + deviations
 
 
-@pytest.mark.parametrize("method", GAUSSIAN)
-def test_moments_are_those_of_the_samples(method):
-    with attach_routers(moe(), method) as routers, torch.no_grad():
+@pytest.mark.parametrize("method, variant", GAUSSIAN_VARIANTS)
+def test_moments_are_those_of_the_samples(method, variant):
+    with attach_routers(moe(), method, **variant) as routers, torch.no_grad():
         stir(routers)
         u = torch.randn(3, 16, dtype=torch.float64)
         centre, root = routers.families[0].moments(u)
@@ -195,8 +198,9 @@ def test_moments_are_those_of_the_samples(method):
             assert (torch.cov(samples[:, i].mT) - cov[i]).abs().max() < 0.04 * largest
 
 
-def test_dropout_has_its_mean_and_variance_and_masks_each_token_its_own_way():
-    with attach_routers(moe(), "mcdropout", dropout=0.2) as routers, torch.no_grad():
+@pytest.mark.parametrize("mask", ["token", "sample"])
+def test_dropout_has_its_mean_and_variance_and_masks_of_its_own_or_shared(mask):
+    with attach_routers(moe(), "mcdropout", dropout=0.2, mask=mask) as routers, torch.no_grad():
         stir(routers)
         family, u = routers.families[0], torch.randn(1, 16, dtype=torch.float64).expand(2, 16)
         samples, W = sampled_logits(routers, u), family.weight + family.delta
@@ -204,15 +208,54 @@ def test_dropout_has_its_mean_and_variance_and_masks_each_token_its_own_way():
         torch.testing.assert_close(samples[:, 0].var(0), expected, rtol=0.05, atol=0)
         torch.testing.assert_close(samples[:, 0].mean(0), u[0] @ family.delta.mT, rtol=0, atol=5 * float(expected.max() / 40_000) ** 0.5)
         correlation = torch.corrcoef(samples[:, :, 0].mT)[0, 1]
-        assert correlation.abs() < 0.03
+        assert correlation.abs() < 0.03 if mask == "token" else correlation > 1 - 1e-9
+
+
+@pytest.mark.parametrize("mask", ["token", "sample"])
+def test_dropout_is_the_product_with_the_masked_input(mask):
+    with attach_routers(moe(), "mcdropout", dropout=0.3, mask=mask) as routers, torch.no_grad():
+        stir(routers)
+        family, u, S = routers.families[0], torch.randn(6, 16, dtype=torch.float64), 5
+        draw = lambda trials: routing.bernoulli_positions(trials, 0.3, u, generator)  # noqa: E731
+        generator = torch.Generator().manual_seed(3)
+        if mask == "token":
+            dropped = torch.stack([torch.zeros(96).index_fill(0, draw(96), 1).view(6, 16) for _ in range(S)])
+        else:
+            dropped = torch.zeros(S * 16).index_fill(0, draw(S * 16), 1).view(S, 1, 16)
+        expected = (u * (1 - dropped.double()) / 0.7) @ (family.weight + family.delta).mT - u @ family.weight.mT
+        centre, deviations = family.offsets(u, S, torch.Generator().manual_seed(3))
+        torch.testing.assert_close(centre + deviations, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_variance_of_the_samples_is_unbiased():
+    """Mean over seeds of ``mc_logit_variance`` from 3 samples against the Gaussian's own; of an ensemble, its members' variance."""
+    model, batch = moe(), tiny_batch()
+    with attach_routers(model, "mfvr", layers=[0], num_samples=3) as routers:
+        stir(routers)
+        drawn, exact = [], None
+        for seed in range(400):
+            routers.seed = seed
+            routers(batch)
+            drawn.append(routers.signals()["mc_logit_variance_mean"])
+            exact = routers.signals()["logit_variance_mean"]
+        drawn = torch.stack(drawn)
+        assert ((drawn.mean(0) - exact).abs() < 4 * drawn.std(0) / 400**0.5).all()
+        assert (drawn.std(0) / 400**0.5 < 0.05 * exact).all()  # near enough to tell S from S - 1: a third
+    with attach_routers(model, "ensemble", layers=[0], members=3) as routers:
+        stir(routers)
+        family, u = routers.families[0], torch.randn(4, 16, dtype=torch.float64)
+        routers._real = torch.ones(1, 4, dtype=torch.bool)
+        routers._modules[0](u)
+        expected = torch.einsum("nd,sed->sne", u, family.delta.detach()).var(0).sum(-1)
+        torch.testing.assert_close(routers._records[0]["mc_logit_variance"], expected)
 
 
 # ---- padding and signals --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("inference", INFERENCE)
-@pytest.mark.parametrize("method", list(FAMILIES))
-def test_padding_changes_nothing(method, inference):
+@pytest.mark.parametrize("method, variant", VARIANTS)
+def test_padding_changes_nothing(method, variant, inference):
     model, batch = moe(), tiny_batch()
-    with attach_routers(model, method, num_samples=3, inference=inference) as routers:
+    with attach_routers(model, method, num_samples=3, inference=inference, **variant) as routers:
         stir(routers)
         results = []
         for b in (batch, wide(batch)):
@@ -391,10 +434,10 @@ def test_router_logits_asked_of_the_model_are_the_attached_ones():
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", list(FAMILIES))
-def test_saved_routers_come_back_the_same(tmp_path, method):
+@pytest.mark.parametrize("method, variant", VARIANTS)
+def test_saved_routers_come_back_the_same(tmp_path, method, variant):
     model, batch = moe(), tiny_batch()
-    with attach_routers(model, method, layers="last:1", num_samples=4, seed=3) as routers:
+    with attach_routers(model, method, layers="last:1", num_samples=4, seed=3, **variant) as routers:
         stir(routers)
         expected = routers(batch)
         routers.save(tmp_path / "r")
@@ -448,6 +491,9 @@ def test_bad_input_is_named_and_leaves_the_model_untouched():
         ("mfvr", dict(init_std=0.0), "init_std=0.0 is not positive"),
             ("fcvr", dict(prior_std=-1.0), "prior_std=-1.0 is not positive"),
         ("mcdropout", dict(dropout=1.0), "dropout=1.0"),
+        ("mcdropout", dict(mask="layer"), "mask='layer' is not 'token' or 'sample'"),
+        ("fcvr", dict(rank=0), "rank=0"),
+        ("fcvr", dict(rank=5), "the 4 experts"),
         ("mcdropout", dict(num_samples=None), "sample-free"),
         ("mfvr", dict(num_samples=None, inference="whole-model"), "sample-free"),
         ("swag", dict(rank=1), "rank >= 2"),

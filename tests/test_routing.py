@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.distributions import MultivariateNormal, Normal, kl_divergence
+from torch.distributions import LowRankMultivariateNormal, MultivariateNormal, Normal, kl_divergence
 
 from bmoe_utils import routing
 from bmoe_utils.curvature import probit_probabilities
@@ -28,6 +28,11 @@ def test_divergences_equal_those_of_torch():
     torch.testing.assert_close(routing.kl_cholesky(mu, L), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(routing.kl_cholesky(mu, torch.diag_embed(log_std.exp())), routing.kl_diagonal(mu, log_std))
 
+    V = torch.randn(6, 5, 2, dtype=F64)
+    expected = kl_divergence(LowRankMultivariateNormal(mu, V, (2 * log_std).exp()), standard)
+    torch.testing.assert_close(routing.kl_low_rank(mu, log_std, V), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(routing.kl_low_rank(mu, log_std, 0 * V), routing.kl_diagonal(mu, log_std))
+
     prior = Normal(torch.tensor(-0.7, dtype=F64), 0.3)
     torch.testing.assert_close(routing.kl_normal(mu, log_std, -0.7, 0.3), kl_divergence(Normal(mu, log_std.exp()), prior))
     zero = torch.zeros(3, dtype=F64)
@@ -49,6 +54,44 @@ def test_entropy_and_jaccard_by_hand():
     torch.testing.assert_close(routing.jaccard(a, b), torch.tensor([1.0, 0.0, 0.2], dtype=F64))
 
 
+# ---- random numbers -------------------------------------------------------------------------------------------------
+def test_antithetic_pairs_are_the_noise_and_its_negative_and_average_better():
+    half = torch.randn(3, 7, dtype=F64)
+    for S in (5, 6):  # odd: the last of the half stands alone
+        samples = routing.mirrored(half, S)
+        assert torch.equal(samples[:3], half) and torch.equal(samples[3:], -half[: S - 3]) and len(samples) == S
+    mean, std = 2 * torch.randn(200, 16, dtype=F64), 0.3
+    exact = torch.stack([(mean + std * torch.randn(200, 16, dtype=F64)).softmax(-1) for _ in range(2000)]).mean(0)
+    errors = {}
+    for name, noise in [("independent", torch.randn(35, 200, 16, dtype=F64)),
+                        ("pairs", routing.mirrored(torch.randn(18, 200, 16, dtype=F64), 35))]:
+        errors[name] = total_variation((mean + std * noise).softmax(-1).mean(0), exact).mean()
+    assert errors["pairs"] < 0.5 * errors["independent"]  # measured: 0.3 of it; 0.62 at std 1, 0.82 at std 2
+
+
+@pytest.mark.parametrize("p", [0.004, 0.1, 0.7])
+def test_bernoulli_positions_have_the_law_of_independent_trials(p):
+    """Three neighbours' outcomes together: all eight patterns as often as independence has them."""
+    n = 200_000
+    at = routing.bernoulli_positions(3 * n, p, torch.zeros((), dtype=F64), torch.Generator().manual_seed(0))
+    assert (at.diff() > 0).all() and at[0] >= 0 and at[-1] < 3 * n
+    hits = torch.zeros(3 * n, dtype=torch.long).index_fill(0, at, 1).view(n, 3)
+    counts = torch.bincount(hits @ torch.tensor([1, 2, 4]), minlength=8) / n
+    for pattern in range(8):
+        k = pattern.bit_count()
+        exact = p**k * (1 - p) ** (3 - k)
+        assert abs(counts[pattern] - exact) < 5 * math.sqrt(exact / n) + 1e-12
+
+
+def test_bernoulli_positions_at_the_edges(monkeypatch):
+    like = torch.zeros(())
+    assert len(routing.bernoulli_positions(50, 0.0, like, None)) == len(routing.bernoulli_positions(0, 0.5, like, None)) == 0
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(*shape))  # the longest gap there is
+    assert len(routing.bernoulli_positions(50, 0.5, like, None)) == 0
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, 0.99))  # every gap 0: the draws run out, and go on
+    assert torch.equal(routing.bernoulli_positions(500, 0.5, like, None), torch.arange(500))
+
+
 # ---- averaged scores ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("link", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
@@ -60,6 +103,7 @@ def test_the_sampled_shift_gives_the_mean_score_and_nothing_without_variance(lin
     assert (routing.sampled_shift(logits, logits.expand(35, 7, 6), link) == 0).all()
     far = 300 * torch.randn(7, 6, dtype=dtype)  # logits so far apart that probabilities underflow
     assert routing.sampled_shift(far, far + torch.randn(35, 7, 6, dtype=dtype), link).isfinite().all()
+    assert (routing.sampled_shift(far, far.expand(35, 7, 6), link) == 0).all()
 
 
 def random_gaussians(E, std, full, items=12):
@@ -120,6 +164,10 @@ def test_the_sample_free_shift_without_variance_is_exactly_zero(link, dtype):
         for cov in (torch.zeros(9, 12, dtype=dtype), torch.zeros(9, 12, 12, dtype=dtype)):
             assert (routing.sample_free_shift(mean, cov, link) == 0).all()
         assert routing.sample_free_shift(mean, torch.ones_like(mean), link).isfinite().all()
+    # Far out a sigmoid is an exponential, and E exp(y) = exp(mean + variance / 2) also where it underflows.
+    far = torch.tensor([[-120.0, 120.0]], dtype=dtype)
+    torch.testing.assert_close(routing.sample_free_shift(far, torch.full_like(far, 0.5), "sigmoid"), torch.tensor([[0.25, -0.25]], dtype=dtype),
+                               rtol=1e-4, atol=0)
 
 
 def test_the_sample_free_sigmoid_matches_samples_and_a_diagonal_covariance_matches_its_variances():
