@@ -271,3 +271,23 @@ def test_formatting_and_markdown():
     assert lines[1] == "| :-- | --: | --: | --: | --: | --: | --: |"
     assert lines[3].startswith("| base | 0.470 | 1.200 |") and len(lines) == 4
     assert isinstance(text, pd.DataFrame)
+
+
+def test_predict_keeps_the_signals_of_what_has_them():
+    class Source:
+        def __call__(self, batch):
+            return np.full(batch["option_ids"].shape, 0.5)
+
+        def signals(self):
+            return {"gate_entropy_last": np.array([0.25, 0.75])}
+
+    batches = [{"option_ids": np.zeros((2, 2), int), "labels": np.array([0, 1])}] * 2
+    said = ev.predict(Source(), batches, progress=False)
+    assert said.signals["gate_entropy_last"].tolist() == [0.25, 0.75] * 2 and "answer_entropy" in said.signals
+
+
+def test_head_cuts_everything_alike():
+    said = ev.Predictions(np.full((3, 2), 0.5), [0, 1, 0], {"s": [1.0, 2.0, 3.0]}, np.zeros((3, 2)), np.full((3, 2), 0.5))
+    first = said.head(2)
+    assert len(first) == 2 and first.signals["s"].tolist() == [1.0, 2.0] and first.logits.shape == first.p_star.shape == (2, 2)
+    assert said.head(None).labels.tolist() == [0, 1, 0]
