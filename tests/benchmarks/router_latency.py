@@ -166,9 +166,9 @@ def show(report: dict) -> str:
     for model in dict.fromkeys(r["model"] for r in report["cost"]):
         rows = [r for r in report["cost"] if r["model"] == model]
         lines += ["", f"{model}: added, percent of the model, by count",
-                  f"{'':32}{'on all %d MoE layers' % rows[0]['layers']:^28}{'on %d of them' % rows[0]['subset']:^28}",
-                  f"{'':32}" + f"{'FLOPs':>8}{'trained':>10}{'stored':>9} " * 2]
-        lines += [f"{r['method']:32}" + "".join(f"{r[c]:{8 + 2 * (i % 3 == 1)}.2f}{' ' * (i % 3)}" for i, c in enumerate(columns)) for r in rows]
+                  f"{'':32}{'on all %d MoE layers' % rows[0]['layers']:^27}{'on %d of them' % rows[0]['subset']:^27}",
+                  f"{'':32}" + f"{'FLOPs':>9}{'trained':>9}{'stored':>9}" * 2]
+        lines += [f"{r['method']:32}" + "".join(f"{r[c]:9.2f}" for c in columns) for r in rows]
         trunks = ", ".join(f"{method} {width}" for method, width in report["trunks_under_1%"][model].items())
         lines.append(f"widest trunk under 1% of the FLOPs on all layers: {trunks}")
     return "\n".join(lines)
