@@ -29,7 +29,7 @@ CPU = {
     # of an ensemble; validation and test items of the routers' fits and tables, items on which routing's stability is measured,
     # items at a time
     "router_samples": 35, "router_passes": 10, "validation_passes": 5, "members": 3, "router_validation": 250,
-    "router_items": 800, "noise_items": 300, "router_batch": 250,
+    "router_items": 500, "noise_items": 300, "router_batch": 250,
     "gammas": [0.001, 0.002, 0.005, 0.007, 0.01, 0.02, 0.05, 0.1],
 }  # fmt: skip
 # What both share. The routers' loop is that of arXiv 2509.23830 and 2603.09453: LoRA on the attention, then the routers alone.

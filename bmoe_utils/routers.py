@@ -166,6 +166,8 @@ class Routers:
         deviations = deviations if scale == 1 else scale * deviations
         if single:
             return mean + deviations[0], signals
+        if rule.link is None:  # loaded for whole passes and switched since
+            raise ValueError(f"router {self.layers[self.rules.index(rule)]!r} scores by neither softmax nor sigmoid: use inference='whole-model'")
         if len(deviations) > 1:  # about the known centre; tensor.var is thirty times as slow over the first axis
             signals["mc_logit_variance"] = deviations.detach().square().sum(0).sum(-1) / (len(deviations) - family.centred)
         return mean + routing.sampled_shift(mean, mean + deviations, rule.link), signals

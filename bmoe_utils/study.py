@@ -41,8 +41,6 @@ from .world import world_file
 DATA = ("world", "tasks", "questions", "hub", "prompts")
 TRAINING = (*DATA, "models", "checkpoints", "deepseek", "offload", "train")
 POSTERIOR = (*TRAINING, "capture", "unfused", "curvature", "laplace", "prior")
-# Methods of which nothing is chosen by how they will be used: one fit serves both kinds of inference.
-SELECTED_NOWHERE = ("deterministic", "temperature", "swag", "ensemble")
 ROUTING = (*TRAINING, "capture", "unfused", "curvature", "routing", "router_families", "router_rules", "routers", "router_training")
 
 
@@ -344,7 +342,8 @@ class Study:
                 loop: Mapping | None = None, fitted: bool = True, model: nn.Module | None = None, **options) -> Routers:
         """Bayesian routers fitted on the seed's fine-tuning set, attached to its MAP model (``routers.model``); a context manager.
 
-        Whatever is chosen by validation NLL is chosen under the ``inference`` it will be used with. ``prior_mean``: ``current``,
+        One fit serves both kinds of inference, its epoch chosen by the validation NLL of whole passes; but a Laplace router's prior
+        precision is chosen under the ``inference`` it will be used with. ``prior_mean``: ``current``,
         ``pretrained`` or ``tuned``, by default the profile's. ``loop``: other options of the fit; ``fitted=False``: none, the prior itself. ``options``: those
         of the method.
         """
@@ -356,7 +355,7 @@ class Study:
             options = {"members": self.members} | options
         if method == "laplace":
             loop = {"prior_grid": self.router_precisions} | loop
-        fitted_for = "inside" if method in SELECTED_NOWHERE else inference
+        fitted_for = inference if method == "laplace" else "whole-model"
         samples = self.router_samples if fitted_for == "inside" else self.validation_passes
         config = self._router_config(seed, method, layers, mean, fitted_for, samples) | {"fit": loop if fitted else None, "options": options}
 

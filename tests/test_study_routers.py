@@ -57,7 +57,7 @@ def test_predictions_are_those_of_the_routers_with_their_signals(store):
     assert np.array_equal(again.probs, said.probs) and np.array_equal(again.signals["answer_information"], said.signals["answer_information"])
 
 
-def test_validation_alone_chooses_and_under_the_inference_it_is_used_with(store, monkeypatch):
+def test_validation_alone_chooses_and_for_laplace_under_the_inference_it_is_used_with(store, monkeypatch):
     s, seen = tiny(store, router_epochs=2), []
     original = router_training.validate
 
@@ -68,20 +68,22 @@ def test_validation_alone_chooses_and_under_the_inference_it_is_used_with(store,
     monkeypatch.setattr(router_training, "validate", spy)
     expected = [int(x) for batch in s.loader(s.task["validation"].subset(9)) for x in batch["input_ids"].sum(1)]
     for inference in ("inside", "whole-model"):
-        s.routers(0, "vtsr", inference=inference).detach()
+        s.routers(0, "laplace", inference=inference).detach()
         assert seen and all(entry == (inference, expected) for entry in seen)
         seen.clear()
+    s.routers(0, "vtsr").detach()
+    assert seen and all(entry == ("whole-model", expected) for entry in seen)
 
 
-def test_what_no_inference_decides_is_fitted_once(store, monkeypatch):
+def test_one_fit_serves_both_kinds_of_inference(store, monkeypatch):
     s, fits = tiny(store), []
     original = Routers.fit
     monkeypatch.setattr(Routers, "fit", lambda self, *a, **k: (fits.append(self.method), original(self, *a, **k))[1])
-    for method in ("ensemble", "swag", "vtsr"):
+    for method in ("ensemble", "swag", "fcvr"):
         for inference in ("inside", "whole-model"):
             with s.routers(0, method, inference=inference, **{"rank": 2} if method == "swag" else {}) as routers:
                 assert routers.inference == inference
-    assert fits == ["ensemble", "swag", "vtsr", "vtsr"]
+    assert fits == ["ensemble", "swag", "fcvr"]
 
 
 def test_prior_means(store):
