@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.metadata import version
@@ -71,6 +72,8 @@ class Study:
             # same numbers on any number of cores.
             torch.set_num_threads(1)
             disable_progress_bar()  # transformers': a small checkpoint is read dozens of times
+            # peft still reads a property that transformers has renamed; nobody here can act on it
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
     @property
     def embedded(self) -> bool:
