@@ -65,7 +65,7 @@ METHODS = {
     "router_laplace": Style("Laplace router", "#660f05", ">"),
     # routers in logit space: pinks
     "router_mfvr": Style("MFVR", "#e29ac6", "o"),
-    "router_mfvr_wide": Style("MFVR (prior by val.)", "#c76aa6", "D"),
+    "router_mfvr_wide": Style("MFVR (prior by val.)", "#c76aa6", "^"),
     "router_fcvr": Style("FCVR", "#b0448a", "p"),
     # routers in selection space: violets
     "router_temperature": Style("Temperature sampling", "#a08be0", "8"),
