@@ -5,7 +5,7 @@ What is summed to get there is in :mod:`bmoe_utils.sums`, what is done with Jaco
 Notation and layout, the same everywhere: ``E`` experts, ``d`` output and ``f`` input width of the second linear layer,
 ``S`` routed slots sorted by expert, ``B`` items, ``C`` classes, ``P = d f`` weights of one expert.
 
-    a [S, f]     inputs            g [K, S, d]   d <v_k, f> / d z for K cotangents v_k
+    a [S, f]     inputs            g [K, S, d]   d <v_k, f> / d z for K cotangents v_k (or a sequence of K)
     routes       the slots' items, 0..B-1, and the slots per expert, counts [E]  (jacobians.Routes)
 
 The generalised Gauss-Newton of one expert is ``H = sum_n J_n^T Lambda_n J_n`` with ``J_{n,c} = sum_{t in n} g_{t,c}
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .jacobians import Routes, drop_inactive, inner_products, item_jacobians, project
+from .jacobians import Columns, Routes, drop_inactive, inner_products, item_jacobians, project
 
 
 def softmax_hessian_root(logits: Tensor) -> Tensor:
@@ -75,17 +75,17 @@ class Eigenbasis:
         """Every expert's, ``[E, R]``."""
         return self.eigenvalues.flatten(1)
 
-    def covariance(self, a: Tensor, g: Tensor, routes: Routes, precision: Tensor) -> Tensor:
+    def covariance(self, a: Tensor, g: Columns, routes: Routes, precision: Tensor) -> Tensor:
         """``<J_c, (H_e + lambda_e I)^-1 J_c'>`` for every expert and item. ``precision [E]`` (or several, ``[Q, E]``) ->
         ``[E, B, C, C]`` (``[Q, E, B, C, C]``).
 
         Exact up to rounding, which low rank makes one of the prior's part: ``eps <J, J> / lambda``.
         """
         a, g, routes = drop_inactive(a, g, routes)
-        low_rank = self.basis_a is not None and self.eigenvalues[0].numel() < g.shape[2] * a.shape[1]
+        low_rank = self.basis_a is not None and self.eigenvalues[0].numel() < g[0].shape[1] * a.shape[1]
         prior = inner_products(a, g, routes) if low_rank else 0.0
         if self.basis_a is not None:
-            a, g = project(a, self.basis_a, routes), project(g, self.basis_g, routes)
+            a, g = project(a, self.basis_a, routes), [project(x, self.basis_g, routes) for x in g]
         h, out = self.eigenvalues.to(a), []
         for row in precision.to(a).view(-1, len(h), 1, 1):
             if low_rank:  # 1/(h + lambda) = 1/lambda - h/(h + lambda)/lambda: the prior everywhere, less what was learned
@@ -122,7 +122,7 @@ class DenseBlocks:
     def spectra(self) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(self.values, batch_first=True)
 
-    def covariance(self, a: Tensor, g: Tensor, routes: Routes, precision: Tensor) -> Tensor:
+    def covariance(self, a: Tensor, g: Columns, routes: Routes, precision: Tensor) -> Tensor:
         """As :meth:`Eigenbasis.covariance`; outside the span of ``V`` the precision is the prior's."""
         K = len(g)
         rows = precision.to(a).view(-1, len(self.values))

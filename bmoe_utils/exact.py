@@ -20,8 +20,7 @@ def _rows(captured: list, scale: Tensor, num_items: int) -> Tensor:
     """Per-item Jacobians over all weights, each scaled by its expert's ``lambda^-1/2``: ``[B, K, sum of all P]``."""
     layers = []
     for (slots, g), s in zip(captured, scale, strict=True):
-        K, _, d = g.shape
-        out = g.new_zeros(num_items, K, len(slots.counts), d * slots.a.shape[1])
+        out = slots.a.new_zeros(num_items, len(g), len(slots.counts), g[0].shape[1] * slots.a.shape[1])
         for e, items, J in item_jacobians(slots.a, g, routes_of(slots, num_items)):
             out[items, :, e] = J.flatten(2) * s[e].to(J.dtype)
         layers.append(out.flatten(2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from . import curvature
 from .artefacts import model_fingerprint
-from .capture import Slots, Tape, capturing, down_weight, recording
+from .capture import Slots, capturing, down_weight, recording
 from .checkpoint import Checkpoint
 from .jacobians import Routes
 from .models import option_logits, to_device
@@ -21,27 +22,70 @@ from .progress import track
 from .sums import SquareSums, factor_bytes, first_sums
 
 
-def read_out(model: nn.Module, layers: Sequence[str], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tape]:
-    """The class logits ``[B, C]`` in the graph and the tape of the ``layers``. Inside ``capture.capturing(model)``."""
+def read_out(model: nn.Module, layers: Sequence[str], batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Slots]]:
+    """The class logits ``[B, C]`` in the graph, and the slots of the ``layers``, in their order and with ``a`` at least float32.
+
+    Inside ``capture.capturing(model)``.
+    """
     batch = to_device(batch, model)
     with recording(model, layers, batch["attention_mask"]) as tape:
         logits = option_logits(model, batch)
     position = {name: i for i, name in enumerate(layers)}
-    tape.slots.sort(key=lambda s: position[s.name])
     for slots in tape.slots:
         slots.a = _at_least_float32(slots.a)
-    return logits, tape
+    return logits, sorted(tape.slots, key=lambda s: position[s.name])
 
 
-def columns(logits: Tensor, tape: Tape, v: Tensor) -> Iterator[list[Tensor]]:
-    """For every cotangent of ``v [K, B, C]`` one backward pass: ``g [S, d]`` of each of the tape's layers, at least float32.
+def backward_passes(logits: Tensor, layers: Sequence[Slots], v: Tensor) -> Iterator[list[Tensor]]:
+    """For every cotangent of ``v [K, B, C]`` one backward pass: ``d <v_k, f> / d z`` of each layer, padding's rows included.
 
     One after another: a batched backward of all K (``is_grads_batched``) gives the same bits, holds K times the gradients, and was
     not faster where it was measured (tests/benchmarks/curvature_floor.py).
     """
-    v = v.to(logits.dtype)
+    outputs, v = [s.z for s in layers], v.to(logits.dtype)
     for k in range(len(v)):
-        yield [_at_least_float32(g) for g in tape.gradients(logits, v[k], keep_graph=k + 1 < len(v))]
+        yield list(torch.autograd.grad(logits, outputs, v[k], retain_graph=k + 1 < len(v), materialize_grads=True))
+
+
+def slot_rows(g: Tensor, slots: Slots, out: Tensor | None = None) -> Tensor:
+    """``g [S, d]`` of the real slots, at least float32, from the gradient at all of the layer's outputs. ``out [>= S, d]``: to write
+    them into, since fresh memory for every layer and column costs more than the copy."""
+    if len(slots.rows) == len(g):
+        return _at_least_float32(g)
+    if out is None or out.dtype != g.dtype or out.device != g.device or out.shape[1] != g.shape[1] or len(out) < len(slots.rows):
+        return _at_least_float32(g[slots.rows])
+    return torch.index_select(g, 0, slots.rows, out=out[: len(slots.rows)])
+
+
+def captured_columns(logits: Tensor, layers: Sequence[Slots], v: Tensor) -> list[tuple[Slots, list[Tensor]]]:
+    """All cotangents' gradients, per layer ``(slots, K gradients [S, d])``, for what needs them together.
+
+    Where most slots have no gradient, in the last layer, only those that have one are kept, since all of them at once is what a
+    prediction needs memory for; the slots are cut to those as well.
+    """
+    kept: list[list] = [[] for _ in layers]
+    for gradients in backward_passes(logits, layers, v):
+        for of, slots, g in zip(kept, layers, gradients, strict=True):
+            g = slot_rows(g, slots)
+            active = torch.linalg.vecdot(g, g) > 0
+            of.append((g[active], active) if 2 * int(active.sum()) < len(g) else (g, None))
+        del gradients, g
+    out = []
+    for slots, of in zip(layers, kept, strict=True):
+        slots.z = slots.z.detach()[:0]  # the graph is spent; this frees what it held
+        if any(active is None for _, active in of):
+            chosen = torch.ones(len(slots.a), dtype=torch.bool, device=slots.a.device)
+        else:
+            chosen = torch.stack([active for _, active in of]).any(0)
+            counts = torch.bincount(slots.expert[chosen], minlength=len(slots.counts))
+            slots = replace(slots, counts=counts, **{k: getattr(slots, k)[chosen] for k in ("a", "expert", "item", "last", "rows")})
+        columns = []
+        for g, active in of:
+            if active is not None:  # where this column's gradients are among those kept
+                g = g.new_zeros(len(chosen), g.shape[1]).index_copy(0, active.nonzero().squeeze(1), g)[chosen]
+            columns.append(g)
+        out.append((slots, columns))
+    return out
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -149,21 +193,22 @@ class Fit:
         labelled = bool((labels >= 0).all())
         if fisher == "empirical" and not labelled:
             raise ValueError(f"batch {number} has unlabelled items; fisher='empirical' needs every label")
-        logits, tape = read_out(self.model, [self.layers[i] for i in group], batch)
-        _check_forward(number, logits.detach(), tape)
-        for i, slots, sums in zip(group, tape.slots, self.sums, strict=True):
-            sums.open(slots.a, routes_of(slots, len(labels)))
+        logits, layers = read_out(self.model, [self.layers[i] for i in group], batch)
+        energies = _check_forward(number, logits.detach(), layers)
+        for i, slots, energy, sums in zip(group, layers, energies, self.sums, strict=True):
+            sums.open(slots.a, energy, routes_of(slots, len(labels)))
             if what == "factors":
                 self.tokens[i, : len(slots.counts)] += slots.counts.cpu()
         v = curvature.fisher_columns(logits.detach(), fisher, labels.to(logits.device), self.generator)
-        for of_layers in columns(logits, tape, v):
-            energies = [torch.linalg.vecdot(g, g) for g in of_layers]
-            for slots, energy in zip(reversed(tape.slots), reversed(energies), strict=True):  # in the order of the backward pass
+        buffer = layers[0].z.new_empty(max(len(s.a) for s in layers), layers[0].z.shape[1])
+        for gradients in backward_passes(logits, layers, v):
+            for slots, sums in zip(reversed(layers), reversed(self.sums), strict=True):  # in the order of the backward pass
+                g = slot_rows(gradients.pop(), slots, buffer)
+                energy = torch.linalg.vecdot(g, g)
                 if not energy.sum().isfinite():
                     raise ValueError(f"batch {number}, layer {slots.name!r}: a gradient is not finite, or too large for its square to be")
-            for sums, g, energy in zip(self.sums, of_layers, energies, strict=True):
                 sums.column(g, energy)
-            del of_layers, energies, g  # before the next backward pass
+                del g
         for sums in self.sums:
             sums.close()
         self.seen += len(labels)
@@ -218,13 +263,16 @@ def posterior_class(options: Mapping) -> type:
     return curvature.DenseBlocks if options["hessian_structure"] == "full" else curvature.Eigenbasis
 
 
-def _check_forward(number: int, logits: Tensor, tape: Tape) -> None:
-    """``ValueError`` that names the first layer whose activations are not finite, or the logits."""
-    for slots in tape.slots:
-        if not torch.linalg.vecdot(slots.a, slots.a).sum().isfinite():
+def _check_forward(number: int, logits: Tensor, layers: Sequence[Slots]) -> list[Tensor]:
+    """Every layer's squared norms of ``a [S]``. ``ValueError`` that names the first layer whose activations are not finite, or
+    the logits."""
+    energies = [torch.linalg.vecdot(slots.a, slots.a) for slots in layers]
+    for slots, energy in zip(layers, energies, strict=True):
+        if not energy.sum().isfinite():
             raise ValueError(f"batch {number}, layer {slots.name!r}: an activation is not finite, or too large for its square to be")
     if logits.isnan().any() or (logits.logsumexp(-1) == torch.inf).any():
         raise ValueError(f"batch {number}: a class logit is not finite")
+    return energies
 
 
 def _chained(digest: str, batch: Mapping[str, Tensor]) -> str:

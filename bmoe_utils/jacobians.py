@@ -1,14 +1,14 @@
 """Per-item Jacobians of routed experts and their inner products, in whichever form costs least. Pure functions of tensors.
 
-Layout as in :mod:`bmoe_utils.curvature`: ``S`` slots sorted by expert, ``a [S, m_A]`` inputs, ``g [K, S, m_G]`` cotangents, the
-widths being the layer's own (``f`` and ``d``) or those of a basis both were projected on. A *pair* is an (expert, item) that
+Layout as in :mod:`bmoe_utils.curvature`: ``S`` slots sorted by expert, ``a [S, m_A]`` inputs, ``g`` K gradients ``[S, m_G]`` (a
+sequence, or one tensor ``[K, S, m_G]``), the widths being the layer's own (``f`` and ``d``) or those of a basis. A *pair* is an (expert, item) that
 meet in at least one slot; its Jacobian is ``J_k = sum_{t in pair} g_{k,t} a_t^T [m_G, m_A]``, and 0 where they do not meet.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -111,37 +111,40 @@ class Routes:
             lo = hi
 
 
-def drop_inactive(a: Tensor, g: Tensor, routes: Routes) -> tuple[Tensor, Tensor, Routes]:
+Columns = Sequence[Tensor] | Tensor
+
+
+def drop_inactive(a: Tensor, g: Columns, routes: Routes) -> tuple[Tensor, Columns, Routes]:
     """The slots with a gradient. The others add nothing to a Jacobian: in the last layer, all but the token that answers."""
-    active = torch.linalg.vecdot(g, g).sum(0) > 0
+    active = sum(torch.linalg.vecdot(x, x) for x in g) > 0
     if active.all():
         return a, g, routes
-    return a[active], g[:, active], routes.keep(active)
+    return a[active], [x[active] for x in g], routes.keep(active)
 
 
-def _padded(a: Tensor, g: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+def _padded(a: Tensor, g: Columns, chunk: Chunk) -> tuple[Tensor, Tensor]:
     """The chunk's slots, ``[p, t, m_A]`` and ``[K, p, t, m_G]``. Padded rows of ``a`` are zero, so that whatever stands in
     those of ``g`` meets a zero."""
     p, t = chunk.index.shape
     flat = chunk.index.flatten()
-    return a[flat].view(p, t, -1) * chunk.real[:, :, None], g[:, flat].view(len(g), p, t, -1)
+    return a[flat].view(p, t, -1) * chunk.real[:, :, None], torch.stack([x[flat] for x in g]).view(len(g), p, t, -1)
 
 
-def _form(a: Tensor, g: Tensor, chunk: Chunk) -> Tensor:
+def _form(a: Tensor, g: Columns, chunk: Chunk) -> Tensor:
     """``J [K, p, m_G, m_A]`` of the chunk's pairs."""
     a, g = _padded(a, g, chunk)
     return g.mT @ a
 
 
-def item_jacobians(a: Tensor, g: Tensor, routes: Routes) -> Iterator[tuple[int, Tensor, Tensor]]:
+def item_jacobians(a: Tensor, g: Columns, routes: Routes) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Every pair's Jacobian, exact: ``(expert, items [p], J [p, K, m_G, m_A])``, in chunks that bound the memory."""
     a, g, routes = drop_inactive(a, g, routes)
-    size = len(g) * g.shape[2] * a.shape[1]
+    size = len(g) * g[0].shape[1] * a.shape[1]
     for chunk in routes.chunks(lambda t: size, by_expert=True):
         yield chunk.only, chunk.item, _form(a, g, chunk).transpose(0, 1)
 
 
-def inner_products(a: Tensor, g: Tensor, routes: Routes, weight: Tensor | None = None, form: str | None = None) -> Tensor:
+def inner_products(a: Tensor, g: Columns, routes: Routes, weight: Tensor | None = None, form: str | None = None) -> Tensor:
     """``sum_ij w_e,ij J_k,ij J_k',ij`` of every expert and item, ``[E, B, K, K]``; ``weight [E, m_G, m_A] >= 0`` or all ones.
 
     Two forms, the same to rounding. ``jacobian`` forms ``J`` (``m_G x m_A`` a pair). ``gram`` never does: with the slots' Gram
@@ -149,8 +152,7 @@ def inner_products(a: Tensor, g: Tensor, routes: Routes, weight: Tensor | None =
     g_k,ti g_k',ui``. By default each pair takes the one that needs fewer operations: without weights nearly always ``gram``, with
     weights where a pair has few slots.
     """
-    K, _, m_g = g.shape
-    m_a = a.shape[1]
+    K, m_g, m_a = len(g), g[0].shape[1], a.shape[1]
     out = a.new_zeros(len(routes.counts), routes.num_items, K, K)
     area = m_g * m_a
     weighted = weight is not None
@@ -190,10 +192,9 @@ def inner_products(a: Tensor, g: Tensor, routes: Routes, weight: Tensor | None =
 
 
 def project(x: Tensor, basis: Tensor, routes: Routes) -> Tensor:
-    """Every slot on its expert's basis: ``x [S, m]`` (or ``[K, S, m]``), ``basis [E, m, r]`` -> ``[S, r]`` (``[K, S, r]``)."""
+    """Every slot on its expert's basis: ``x [S, m]``, ``basis [E, m, r]`` -> ``[S, r]``."""
     basis = basis.to(x)
-    out = x.new_empty(*x.shape[:-1], basis.shape[-1])
-    for of, into in zip(x[None] if x.dim() == 2 else x, out[None] if x.dim() == 2 else out, strict=True):
-        for e, lo, hi in routes.bounds:
-            torch.mm(of[lo:hi], basis[e], out=into[lo:hi])
+    out = x.new_empty(len(x), basis.shape[-1])
+    for e, lo, hi in routes.bounds:
+        torch.mm(x[lo:hi], basis[e], out=out[lo:hi])
     return out

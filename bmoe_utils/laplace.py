@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import curvature, laplace_files, prior
 from .capture import capturing, down_weight, expert_layers, select_layers
-from .fitting import Fit, columns, read_out, routes_of
+from .fitting import Fit, captured_columns, read_out, routes_of
 from .progress import track
 
 CHOICES = {
@@ -151,16 +151,11 @@ class ExpertLaplace:
         """One forward and one backward per cotangent, inside ``capture.capturing(model)``.
 
         ``cotangents(logits) -> [K, B, C]``, by default one per class. Returns the class logits ``[B, C]`` (detached) and per layer
-        ``(Slots, g [K, S, d])``, at least float32.
+        ``(Slots, K gradients [S, d])``, at least float32 (:func:`fitting.captured_columns`).
         """
-        logits, tape = read_out(self.model, self.layers, batch)
+        logits, layers = read_out(self.model, self.layers, batch)
         v = (cotangents or _every_class)(logits.detach())
-        g: list[Tensor] = []
-        for k, of_layers in enumerate(columns(logits, tape, v)):
-            g = g or [x.new_empty(len(v), *x.shape) for x in of_layers]
-            for whole, x in zip(g, of_layers, strict=True):
-                whole[k] = x
-        return logits.detach(), list(zip(tape.slots, g, strict=True))
+        return logits.detach(), captured_columns(logits, layers, v)
 
     def fit(self, loader: Iterable[Mapping[str, Tensor]], *, checkpoint: str | Path | None = None, every: int = 50,
             memory_budget: int | None = None, progress: bool = True) -> ExpertLaplace:

@@ -2,12 +2,12 @@
 
 All take a batch in the same steps, since a backward pass gives one Fisher column of every layer and is then let go:
 
-    open(a, routes)      inputs a [S, f] of the batch's slots and where they belong
-    column(g, energy)    one Fisher column's gradients g [S, d] and their squared norms [S]; once per column
-    close()              the batch is over
+    open(a, energy, routes)   inputs a [S, f] of the batch's slots, their squared norms [S], and where they belong
+    column(g, energy)         one Fisher column's gradients g [S, d] and their squared norms; once per column, and not kept
+    close()                   the batch is over
 
-``finish()`` gives the posterior, ``state()`` all that was summed as named tensors, ``restore(tensors)`` puts it back. Except for
-``DenseRows`` the sums of two parts of a set are the parts' tensors added.
+``finish()`` gives the posterior, ``state()`` all that was summed as named tensors, ``restore(tensors)`` puts it back, ``merge(other)``
+adds the sums of another part of the set.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ class Gram:
             for i in range(0, rows.shape[1], self.block):
                 self.M[e, i : i + self.block, i:].addmm_(rows[:, i : i + self.block].mT, rows[:, i:])
 
+    def close(self) -> None:
+        """The batch is over."""
+
     def matrix(self) -> Tensor:
         return self.M.triu() + self.M.triu(1).mT
 
@@ -48,8 +51,14 @@ class Gram:
         values, vectors = torch.linalg.eigh(self.matrix())
         return values.clamp(min=0), vectors.contiguous(), None  # a sum of squares: below zero is rounding
 
+    def merge(self, other: Gram) -> None:
+        self.M += other.M
+
     def tensors(self) -> dict[str, Tensor]:
         return {"M": self.M}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self.M.copy_(tensors["M"])
 
 
 class KronSums:
@@ -63,8 +72,8 @@ class KronSums:
     def __init__(self, A: Gram | Sketch, G: Gram | Sketch, n: Tensor, token_setting: str = "expand"):
         self.A, self.G, self.n, self.token_setting = A, G, n, token_setting
 
-    def open(self, a: Tensor, routes: Routes) -> None:
-        self._a, self._routes = a, routes
+    def open(self, a: Tensor, energy: Tensor, routes: Routes) -> None:
+        self._a, self._energy, self._routes = a, energy, routes
         self._active = torch.zeros(len(a), dtype=torch.bool, device=a.device)
 
     def column(self, g: Tensor, energy: Tensor) -> None:
@@ -77,14 +86,16 @@ class KronSums:
         self.G.add(g, routes, energy)
 
     def close(self) -> None:
-        a, routes = self._a, self._routes
+        a, energy, routes = self._a, self._energy, self._routes
         if self.token_setting == "active" and not self._active.all():
-            a, routes = a[self._active], routes.keep(self._active)
+            a, energy, routes = a[self._active], energy[self._active], routes.keep(self._active)
         elif self.token_setting == "reduce":
-            a, routes = routes.sum_pairs(a) / routes.pairs[1][:, None], routes.by_pair
-        self.A.add(a, routes)
+            a, energy, routes = routes.sum_pairs(a) / routes.pairs[1][:, None], None, routes.by_pair
+        self.A.add(a, routes, energy)
         self.n += routes.counts
-        del self._a, self._routes, self._active
+        self.A.close()
+        self.G.close()
+        del self._a, self._energy, self._routes, self._active
 
     def finish(self) -> Eigenbasis:
         """``H_e ~ G_e (x) A_e / n_e``. An expert without samples has zero curvature: it keeps its prior."""
@@ -97,7 +108,14 @@ class KronSums:
         return factors | {"n": self.n}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        _restore(self.state(), tensors)
+        self.n.copy_(tensors["n"])
+        for name, factor in (("A", self.A), ("G", self.G)):
+            factor.restore({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
+
+    def merge(self, other: KronSums) -> None:
+        self.A.merge(other.A)
+        self.G.merge(other.G)
+        self.n += other.n
 
 
 class SquareSums:
@@ -111,7 +129,7 @@ class SquareSums:
     def __init__(self, H: Tensor, basis: Eigenbasis | None = None):
         self.H, self.basis = H, basis
 
-    def open(self, a: Tensor, routes: Routes) -> None:
+    def open(self, a: Tensor, energy: Tensor, routes: Routes) -> None:
         self._a, self._routes = a if self.basis is None else project(a, self.basis.basis_a, routes), routes
 
     def column(self, g: Tensor, energy: Tensor) -> None:
@@ -134,7 +152,10 @@ class SquareSums:
         return {"H": self.H}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        _restore(self.state(), tensors)
+        self.H.copy_(tensors["H"])
+
+    def merge(self, other: SquareSums) -> None:
+        self.H += other.H
 
 
 class DenseRows:
@@ -143,7 +164,7 @@ class DenseRows:
     def __init__(self, experts: int, size: int, like: Tensor):
         self.rows: list[list[Tensor]] = [[like.new_zeros(0, size)] for _ in range(experts)]
 
-    def open(self, a: Tensor, routes: Routes) -> None:
+    def open(self, a: Tensor, energy: Tensor, routes: Routes) -> None:
         self._a, self._routes = a, routes
 
     def column(self, g: Tensor, energy: Tensor) -> None:
@@ -163,10 +184,9 @@ class DenseRows:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         self.rows = [[tensors[str(e)].to(rows[0])] for e, rows in enumerate(self.rows)]
 
-
-def _restore(mine: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in mine.items():
-        tensor.copy_(tensors[name])
+    def merge(self, other: DenseRows) -> None:
+        for mine, others in zip(self.rows, other.rows, strict=True):
+            mine += others
 
 
 def first_sums(options: Mapping, shape: tuple[int, int, int], like: Tensor) -> KronSums | SquareSums | DenseRows:
@@ -192,6 +212,6 @@ def factor_bytes(options: Mapping, shape: tuple[int, int, int], like: Tensor) ->
     total = sum(t.numel() * t.element_size() for t in first.values())
     if options["hessian_structure"] != "ekfac":
         return total
-    r_a, r_g = (first[f"{name}.{'M' if options['rank'] is None else 'Y'}"].shape[2] for name in "AG")  # at most
+    r_a, r_g = (first[f"{name}.{'M' if options['rank'] is None else 'U'}"].shape[2] for name in "AG")  # at most
     E, d, f = shape
     return max(total, E * (f * r_a + d * r_g + 2 * r_a * r_g) * next(iter(first.values())).element_size())

@@ -32,7 +32,7 @@ def dense_jacobians(a, g, routes):
 
 def add(sums, a, g, routes):
     """One batch."""
-    sums.open(a, routes)
+    sums.open(a, a.square().sum(1), routes)
     for column in g:
         sums.column(column, column.square().sum(1))
     sums.close()

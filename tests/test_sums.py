@@ -49,7 +49,8 @@ def test_active_leaves_out_the_slots_without_a_gradient_in_any_column(rank):
     chosen = torch.arange(40) % 2 == 1
     expected = summed([(a[chosen], g[:, chosen], routes.keep(chosen))], rank=rank)
     for name, tensor in got.state().items():
-        torch.testing.assert_close(tensor, expected.state()[name])
+        if "progress" not in name:
+            torch.testing.assert_close(tensor, expected.state()[name])
     all_of_a = summed([(a, g, routes)], rank=rank)
     assert torch.equal(all_of_a.n, routes.counts) and not torch.allclose(*[x.A.tensors()["M" if rank is None else "Y"]
                                                                          for x in (all_of_a, got)])
@@ -82,12 +83,13 @@ def test_diagonal_is_that_of_the_exact_ggn():
     torch.testing.assert_close(summed([batch], hessian_structure="diag").H, expected)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(rank=2), dict(rank=0.5), dict(hessian_structure="diag")])
-def test_sums_of_two_parts_add_up_to_those_of_the_whole(options):
+@pytest.mark.parametrize("options", [dict(), dict(rank=2), dict(rank=0.5), dict(hessian_structure="diag"), dict(hessian_structure="full")])
+def test_sums_of_two_parts_merge_into_those_of_the_whole(options):
     parts = [slots(seed=1), slots(seed=2)]
-    whole, halves = summed(parts, **options).state(), [summed([part], **options).state() for part in parts]
-    for name, tensor in whole.items():
-        torch.testing.assert_close(tensor, halves[0][name] + halves[1][name], rtol=1e-12, atol=1e-12)
+    whole, first, second = (summed(x, **options) for x in (parts, parts[:1], parts[1:]))
+    first.merge(second)
+    for name, tensor in whole.state().items():
+        torch.testing.assert_close(tensor, first.state()[name], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(rank=2), dict(hessian_structure="diag"), dict(hessian_structure="full")])
@@ -101,7 +103,7 @@ def test_restored_sums_go_on_bit_for_bit(options):
 
 def test_bf16_models_are_summed_in_float32_and_their_memory_is_known_beforehand():
     like = torch.zeros(2, dtype=torch.bfloat16)
-    for options, numbers in ((dict(), 4 * (30**2 + 40**2)), (dict(rank=2), 4 * (30 + 40) * 10), (dict(hessian_structure="diag"), 4 * 1200)):
+    for options, numbers in ((dict(), 4 * (30**2 + 40**2)), (dict(rank=2), 2 * 4 * (30 + 40) * 10), (dict(hessian_structure="diag"), 4 * 1200)):
         sums = first_sums(OPTIONS | options, (4, 30, 40), like)
         assert all(t.dtype in (torch.float32, torch.float64, torch.long) for t in sums.state().values())
-        assert 4 * numbers <= factor_bytes(OPTIONS | options, (4, 30, 40), like) <= 4 * numbers + 8 * 3 * 4
+        assert 4 * numbers <= factor_bytes(OPTIONS | options, (4, 30, 40), like) <= 4 * numbers + 8 * 60
