@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .capture import capturing
-from .curvature import item_jacobians, softmax_hessian_root
+from .curvature import softmax_hessian_root
+from .fitting import routes_of
+from .jacobians import item_jacobians
 from .laplace import ExpertLaplace
 from .progress import track
 
@@ -18,9 +20,8 @@ def _rows(captured: list, scale: Tensor, num_items: int) -> Tensor:
     """Per-item Jacobians over all weights, each scaled by its expert's ``lambda^-1/2``: ``[B, K, sum of all P]``."""
     layers = []
     for (slots, g), s in zip(captured, scale, strict=True):
-        K, _, d = g.shape
-        out = g.new_zeros(num_items, K, len(slots.counts), d * slots.a.shape[1])
-        for e, items, J in item_jacobians(slots.a, g, slots.item, slots.counts):
+        out = slots.a.new_zeros(num_items, len(g), len(slots.counts), g[0].shape[1] * slots.a.shape[1])
+        for e, items, J in item_jacobians(slots.a, g, routes_of(slots, num_items)):
             out[items, :, e] = J.flatten(2) * s[e].to(J.dtype)
         layers.append(out.flatten(2))
     return torch.cat(layers, 2)
@@ -69,7 +70,7 @@ def prior_predictive(
             f, captured = la.captured(batch)
             cov = f.new_zeros(*f.shape, f.shape[1], dtype=torch.float64)
             for (slots, g), by_expert in zip(captured, precision, strict=True):
-                for e, items, J in item_jacobians(slots.a, g, slots.item, slots.counts):
+                for e, items, J in item_jacobians(slots.a, g, routes_of(slots, len(f))):
                     J = J.flatten(2)
                     cov[items.to(cov.device)] += ((J @ J.mT).double() / by_expert[e].item()).to(cov.device)
             yield f, cov.to(f.dtype)

@@ -8,33 +8,26 @@ optimize_prior_precision, predictive_logits, and calling it for probabilities.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import curvature, prior
-from .artefacts import model_fingerprint
-from .capture import capturing, down_weight, expert_layers, recording, select_layers
-from .files import replace_folder
-from .models import option_logits, to_device
+from . import curvature, laplace_files, prior
+from .capture import capturing, down_weight, expert_layers, select_layers
+from .fitting import Fit, captured_columns, read_out, routes_of
 from .progress import track
 
 CHOICES = {
-    "hessian_structure": ("kron", "diag", "full"),
+    "hessian_structure": ("kron", "ekfac", "diag", "full"),
     "fisher": ("exact", "mc", "empirical"),
     "token_setting": ("expand", "reduce", "active"),
     "link_approx": ("mc", "probit", "map"),
     "method": ("marglik", "val_nll"),
     "granularity": ("global", "layer", "expert"),
 }
-FORMAT = 1
-
 
 def _check(**chosen: str) -> None:
     for option, value in chosen.items():
@@ -53,19 +46,22 @@ class ExpertLaplace:
 
     Args:
         model: any MoE causal LM with fused experts, at its MAP weights (peft-wrapped or not).
-        hessian_structure: ``kron`` (Kronecker factors), ``diag`` (exact diagonal) or ``full`` (dense block per expert;
+        hessian_structure: ``kron`` (Kronecker factors), ``ekfac`` (their eigenbases with the exact second moments of per-item
+            Jacobians in them; a second pass over the data), ``diag`` (exact diagonal) or ``full`` (dense block per expert;
             memory ``items x (C-1) x d f`` per expert: small models only).
         fisher: ``exact`` (the GGN, C-1 backward passes), ``mc`` (labels drawn from the model, one pass, unbiased) or
             ``empirical`` (observed labels, one pass; biased, it shrinks as items are memorised).
         token_setting: ``expand`` (a sample per routed token), ``reduce`` (per item and expert) or ``active`` (per routed token
-            that can reach the answer: in the last layer the answering token alone); of ``kron`` only, the others use exact
-            per-item Jacobians.
-        rank: keep this many leading eigenvectors of each Kronecker factor; the rest keeps the prior.
+            that can reach the answer: in the last layer the answering token alone); of ``kron`` and ``ekfac``, the others use
+            exact per-item Jacobians.
+        rank: hold each Kronecker factor in this many leading eigenvectors, found by a one-pass sketch (:mod:`bmoe_utils.sketch`;
+            memory ``E (d + f) rank`` a layer); as a fraction, in as many as hold this share of its trace. The rest keeps the
+            prior; :attr:`captured_energy` says how much the bases hold.
         layers: ``None`` / ``"all"``, or MoE layer indices or names.
         prior_precision: 0-d, one per layer ``[L]``, or one per expert ``[L, E]``.
         prior_mean: ``0.0``, or the model (or mapping of layer name to ``[E, d, f]``) whose weights the prior is centred
             on, such as the pretrained one.
-        seed: of the labels drawn for ``mc`` and of the samples of the ``mc`` link.
+        seed: of the labels drawn for ``mc``, of the sketch of ``rank`` and of the samples of the ``mc`` link.
     """
 
     def __init__(
@@ -75,23 +71,25 @@ class ExpertLaplace:
         hessian_structure: str = "kron",
         fisher: str = "exact",
         token_setting: str = "expand",
-        rank: int | None = None,
+        rank: int | float | None = None,
         layers=None,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | nn.Module | Mapping[str, Tensor] = 0.0,
         seed: int = 0,
     ):
         _check(hessian_structure=hessian_structure, fisher=fisher, token_setting=token_setting)
-        if hessian_structure != "kron" and (token_setting != "expand" or rank is not None):
-            raise ValueError(f"token_setting and rank belong to 'kron'; {hessian_structure!r} is exact per item")
+        if hessian_structure not in ("kron", "ekfac") and (token_setting != "expand" or rank is not None):
+            raise ValueError(f"token_setting and rank belong to 'kron' and 'ekfac'; {hessian_structure!r} is exact per item")
         modules = expert_layers(model)
         self.model = model
         self.layers = select_layers(list(modules), layers)
         self._modules = [modules[name] for name in self.layers]
         shapes = [tuple(down_weight(m).shape) for m in self._modules]
-        if rank is not None and not 1 <= rank <= min(min(s[1:]) for s in shapes):
-            raise ValueError(f"rank={rank} must lie between 1 and the smallest factor width, "
-                             f"{min(min(s[1:]) for s in shapes)}")
+        width = min(min(s[1:]) for s in shapes)
+        if isinstance(rank, float) and not 0 < rank < 1:
+            raise ValueError(f"rank={rank} is no share of the energy: give a whole number of eigenvectors, or a fraction below 1")
+        if isinstance(rank, int) and not 1 <= rank <= width:
+            raise ValueError(f"rank={rank} must lie between 1 and the smallest factor width, {width}")
         self.options = {"hessian_structure": hessian_structure, "fisher": fisher, "token_setting": token_setting,
                         "rank": rank, "seed": seed}
         self.shapes = shapes
@@ -149,77 +147,48 @@ class ExpertLaplace:
         return out
 
     # ---- fitting ----------------------------------------------------------------------------------------------------
-    def _accumulator(self, shape: tuple[int, int, int], like: Tensor):
-        E, d, f = shape
-        dtype = torch.promote_types(like.dtype, torch.float32)  # a sum over a whole set needs more than bf16's 8 bits
-        zeros = lambda *size: torch.zeros(*size, dtype=dtype, device=like.device)  # noqa: E731
-        match self.options["hessian_structure"]:
-            case "kron":
-                counts = torch.zeros(E, dtype=torch.long, device=like.device)
-                return curvature.KronSums(zeros(E, f, f), zeros(E, d, d), counts, self.options["token_setting"],
-                                          self.options["rank"])
-            case "diag":
-                return curvature.DiagSum(zeros(E, d, f))
-            case "full":
-                return curvature.DenseRows([[] for _ in range(E)], zeros(0, d * f))
-
-    def captured(self, batch: Mapping[str, Tensor], columns=None) -> tuple[Tensor, list]:
+    def captured(self, batch: Mapping[str, Tensor], cotangents=None) -> tuple[Tensor, list]:
         """One forward and one backward per cotangent, inside ``capture.capturing(model)``.
 
-        ``columns(logits) -> [K, B, C]`` gives the cotangents, by default one per class. Returns the class logits
-        ``[B, C]`` (detached) and per layer ``(Slots, g [K, S, d])``, at least float32.
+        ``cotangents(logits) -> [K, B, C]``, by default one per class. Returns the class logits ``[B, C]`` (detached) and per layer
+        ``(Slots, K gradients [S, d])``, at least float32 (:func:`fitting.captured_columns`).
         """
-        batch = to_device(batch, self.model)
-        with recording(self.model, self.layers, batch["attention_mask"]) as tape:
-            logits = option_logits(self.model, batch)
-        v = (columns or _every_class)(logits.detach()).to(logits.dtype)
-        grads = [tape.gradients(logits, v[k], keep_graph=k + 1 < len(v)) for k in range(len(v))]
-        by_name = {}
-        for i, slots in enumerate(tape.slots):
-            g = torch.stack([of_column[i] for of_column in grads])
-            dtype = torch.promote_types(g.dtype, torch.float32)
-            slots.a = slots.a.to(dtype)
-            by_name[slots.name] = slots, g.to(dtype)
-        return logits.detach(), [by_name[name] for name in self.layers]
+        logits, layers = read_out(self.model, self.layers, batch)
+        v = (cotangents or _every_class)(logits.detach())
+        return logits.detach(), captured_columns(logits, layers, v)
 
-    def fit(self, loader: Iterable[Mapping[str, Tensor]], *, progress: bool = True) -> ExpertLaplace:
+    def fit(self, loader: Iterable[Mapping[str, Tensor]], *, checkpoint: str | Path | None = None, every: int = 50,
+            memory_budget: int | None = None, progress: bool = True) -> ExpertLaplace:
         """Accumulates the curvature over the fitting set, summed over items. Leaves the model bit for bit as it was.
 
-        Until it has finished, the previous posterior (if any) stays in place. Raises ``ValueError`` for an empty loader,
-        unlabelled items with ``fisher="empirical"``, or a non-finite logit or gradient (naming layer and batch).
+        ``checkpoint``: a folder in which the sums are kept every ``every`` batches; a fit that was cut short, called again with the
+        same folder, model, options and data in the same order, goes on from there and ends in the same bits. It is removed at the
+        end. ``memory_budget``: bytes that running sums may take at once; layers are then fitted in groups, one pass over the data
+        each (two for ``ekfac``), and finished posteriors rest in host memory.
+
+        Until it has finished, the previous posterior (if any) stays in place. ``ValueError`` for an empty loader, unlabelled items
+        with ``fisher="empirical"``, a non-finite activation, logit or gradient (naming batch and layer), or a ``checkpoint`` that is
+        damaged or another fit's, which is left alone; ``OSError`` where one cannot be written, the one before it being intact.
         """
-        fisher = self.options["fisher"]
-        generator = torch.Generator().manual_seed(self.options["seed"])
-        sums = [self._accumulator(s, down_weight(m)) for s, m in zip(self.shapes, self._modules, strict=True)]
-        tokens = torch.zeros_like(self._distance, dtype=torch.long)
-        log_likelihood, items, labelled = 0.0, 0, True
-        with capturing(self.model):
-            for number, batch in enumerate(track(loader, "expert Laplace: curvature", progress)):
-                labels = batch["labels"]
-                labelled &= bool((labels >= 0).all())
-                if fisher == "empirical" and not labelled:
-                    raise ValueError(f"batch {number} has unlabelled items; fisher='empirical' needs every label")
-                logits, captured = self.captured(
-                    batch, lambda f: curvature.fisher_columns(f, fisher, labels.to(f.device), generator)
-                )
-                if logits.isnan().any() or (logits.logsumexp(-1) == torch.inf).any():
-                    raise ValueError(f"batch {number}: a class logit is not finite")
-                for layer, (slots, g) in enumerate(captured):
-                    if not (g.isfinite().all() and slots.a.isfinite().all()):
-                        raise ValueError(f"batch {number}, layer {slots.name!r}: a non-finite activation or gradient")
-                    sums[layer].update(slots.a, g, slots.expert, slots.item, slots.counts, len(labels))
-                    tokens[layer, : len(slots.counts)] += slots.counts.cpu()
-                items += len(labels)
-                if labelled:
-                    picked = logits.double().log_softmax(-1).gather(1, labels.to(logits.device)[:, None])
-                    log_likelihood += float(picked.sum())
-        if not items:
-            raise ValueError("the loader gave no batch: there is nothing to fit on (a generator can be used only once)")
-        self.posteriors = [s.finish() for s in sums]
+        if every < 1:
+            raise ValueError(f"every={every} must be at least 1 batch")
+        fit = Fit(self.model, self.layers, self._modules, self.options, memory_budget)
+        fit.run(loader, checkpoint=checkpoint, every=every, progress=progress)
+        self.posteriors = fit.posteriors
         self._distance = self._squared_distance(self._prior_mean)  # of the weights as they are now
-        self.tokens_per_expert, self.num_items = tokens, items
-        self.log_likelihood = log_likelihood if labelled else None
+        self.tokens_per_expert, self.num_items = fit.tokens, fit.items
+        self.log_likelihood = fit.log_likelihood if fit.labelled else None
         return self
+
+    @property
+    def captured_energy(self) -> Tensor:
+        """The share of the traces of ``A_e`` and ``G_e`` that the posterior's bases hold, ``[L, E, 2]`` float64: 1 without ``rank``,
+        not a number for an expert (or a missing one) without samples."""
+        out = torch.full((*self._distance.shape, 2), torch.nan, dtype=torch.float64)
+        for row, posterior, experts in zip(out, self._fitted(), self.num_experts.tolist(), strict=True):
+            captured = getattr(posterior, "captured", None)
+            row[:experts] = 1.0 if captured is None else captured.cpu()
+        return out
 
     def _fitted(self) -> list:
         if self.posteriors is None:
@@ -227,18 +196,6 @@ class ExpertLaplace:
         return self.posteriors
 
     # ---- evidence ---------------------------------------------------------------------------------------------------
-    def _penalty(self, precision: Tensor) -> Tensor:
-        """What the evidence loses by a prior of ``precision [L, E]``, per expert, ``[L, E]``:
-
-        ``1/2 lambda ||W_MAP - W_0||^2 + 1/2 log det(H + lambda I) - 1/2 P log lambda``.
-        """
-        rows = []
-        for layer, posterior in enumerate(self._fitted()):
-            experts = range(int(self.num_experts[layer]))
-            ratios = [curvature.log_det_ratio(posterior.spectrum(e).cpu(), precision[layer, e]) for e in experts]
-            rows.append(nn.functional.pad(torch.stack(ratios), (0, precision.shape[1] - len(ratios))))
-        return 0.5 * (precision * self._distance + torch.stack(rows))
-
     def log_marginal_likelihood(self, prior_precision: float | Tensor | None = None) -> Tensor:
         """Laplace evidence ``log p(D | lambda)``, nats over the fitting set. 0-d float64, differentiable in the precision.
 
@@ -246,7 +203,7 @@ class ExpertLaplace:
         summed over experts, with the answer likelihood ``softmax`` over the item's options.
         """
         precision = self.prior_precision_by_expert(prior_precision)
-        penalty = self._penalty(precision).sum()
+        penalty = prior.evidence_penalty([p.spectra() for p in self._fitted()], self._distance)(precision).sum()
         if self.log_likelihood is None:
             raise ValueError("the evidence needs labels, and some items of the fitting set had none")
         return self.log_likelihood - penalty
@@ -270,7 +227,8 @@ class ExpertLaplace:
         L, E = self._distance.shape
         group = prior.groups(granularity, L, E)
         if method == "marglik":
-            best = self._best_by_evidence(group, self.prior_precision_by_expert())
+            spectra = [p.spectra() for p in self._fitted()]
+            best = prior.best_by_evidence(spectra, self._distance, group, self.prior_precision_by_expert())
         else:
             if val_loader is None:
                 raise ValueError("method='val_nll' needs val_loader, a loader over held-out labelled items")
@@ -283,22 +241,6 @@ class ExpertLaplace:
                           "prior mean, for instance, make the evidence grow with the precision for ever)", stacklevel=2)
         self.prior_precision = best.view({"global": (), "layer": (L,), "expert": (L, E)}[granularity])
         return self.prior_precision
-
-    def _best_by_evidence(self, group: Tensor, current: Tensor) -> Tensor:
-        """The precision of largest evidence of every group. Where the data give no curvature at all, the evidence would only
-        shrink ``lambda ||W||^2``, to no prior: such an expert takes its layer's optimum, such a layer keeps ``current``."""
-        reached = torch.zeros(group.shape, dtype=torch.bool)
-        for layer, posterior in enumerate(self._fitted()):
-            for e in range(int(self.num_experts[layer])):
-                reached[layer, e] = bool((posterior.spectrum(e) > 0).any())
-        n = int(group.max()) + 1
-        informed = torch.zeros(n, dtype=torch.long).index_add(0, group.flatten(), reached.flatten().long()) > 0
-        best = prior.maximise_evidence(self._penalty, group, current)
-        if informed.all():
-            return best
-        by_layer = prior.groups("layer", *group.shape)
-        fallback = current if torch.equal(group, by_layer) else self._best_by_evidence(by_layer, current)[by_layer]
-        return torch.where(informed, best, torch.zeros(n, dtype=torch.float64).scatter(0, group.flatten(), fallback.flatten()))
 
     def validation_curve(self, loader: Iterable, *, link_approx: str = "mc", progress: bool = True) -> tuple[Tensor, Tensor]:
         """A global prior precision's grid ``[P]`` and the NLL on ``loader`` (nats per item) at each of its points ``[P]``."""
@@ -315,14 +257,12 @@ class ExpertLaplace:
         n = int(group.max()) + 1
         means, tables, labels = [], [], []
         for mean, captured, y in self._jacobians(loader, "expert Laplace: validation", progress):
-            rows = []
-            for lam in prior.COARSE:
-                total = mean.new_zeros(n, *mean.shape, mean.shape[-1])
-                for layer, cov in enumerate(self._covariances(captured, lam.expand(group.shape), len(mean))):
-                    total.index_add_(0, group[layer, : len(cov)].to(cov.device), cov)
-                rows.append(total)
+            total = mean.new_zeros(len(prior.COARSE), n, *mean.shape, mean.shape[-1])  # [grid, n, B, C, C]
+            grid = prior.COARSE[:, None, None].expand(-1, *group.shape)
+            for layer, cov in enumerate(self._covariances(captured, grid, len(mean))):
+                total.index_add_(1, group[layer, : cov.shape[1]].to(total.device), cov.to(total))
             means.append(mean)
-            tables.append(torch.stack(rows))  # [grid, n, B, C, C]
+            tables.append(total)
             labels.append(y)
         labels = torch.cat(labels)
         if not (labels >= 0).all():
@@ -345,10 +285,11 @@ class ExpertLaplace:
                 yield *self.captured(batch), batch["labels"]
 
     def _covariances(self, captured: list, precision: Tensor, num_items: int) -> list[Tensor]:
-        """Per layer, every expert's part of the predictive covariance, ``[E, B, C, C]``."""
+        """Per layer, every expert's part of the predictive covariance, ``[E, B, C, C]``, for ``precision [L, E]``; with several,
+        ``[Q, L, E]``, each ``[Q, E, B, C, C]``."""
         return [
-            posterior.covariance(s.a, g, s.item, s.counts, lam[: len(s.counts)].to(s.a.device), num_items)
-            for posterior, (s, g), lam in zip(self._fitted(), captured, precision, strict=True)
+            posterior.covariance(slots.a, g, routes_of(slots, num_items), precision[..., layer, : len(slots.counts)])
+            for layer, (posterior, (slots, g)) in enumerate(zip(self._fitted(), captured, strict=True))
         ]
 
     def predictive_logits(self, batch: Mapping[str, Tensor], prior_precision=None) -> tuple[Tensor, Tensor]:
@@ -358,7 +299,8 @@ class ExpertLaplace:
         with capturing(self.model):
             mean, captured = self.captured(batch)
         parts = self._covariances(captured, self.prior_precision_by_expert(prior_precision).detach(), len(mean))
-        return mean, torch.stack([p.sum(0).to(mean.device) for p in parts]).sum(0)
+        cov = torch.stack([p.sum(0).to(mean.device) for p in parts]).sum(0)
+        return mean, (cov + cov.mT) / 2
 
     def _link(self, mean: Tensor, cov: Tensor, link_approx: str, num_samples: int) -> Tensor:
         match link_approx:
@@ -381,21 +323,8 @@ class ExpertLaplace:
     # ---- files ------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> None:
         """Writes ``posterior.safetensors`` and ``manifest.json``; written beside and moved, so never half there."""
-        tensors = {f"{i}.{k}": v.cpu() for i, p in enumerate(self._fitted()) for k, v in p.tensors().items()}
-        tensors |= {"prior_precision": self._prior_precision, "distance": self._distance, "tokens": self.tokens_per_expert}
-        with replace_folder(folder) as temporary:
-            save_file(tensors, temporary / "posterior.safetensors")
-            manifest = {
-                "format": FORMAT,
-                "options": self.options,
-                "layers": self.layers,
-                "shapes": self.shapes,
-                "num_items": self.num_items,
-                "log_likelihood": self.log_likelihood,
-                "model": model_fingerprint(self.model),
-            }
-            manifest["checksum"] = _checksum(temporary / "posterior.safetensors", manifest)
-            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        self._fitted()
+        laplace_files.save(self, folder)
 
     @classmethod
     def load(cls, folder: str | Path, model: nn.Module, **expected) -> ExpertLaplace:
@@ -404,41 +333,4 @@ class ExpertLaplace:
         ``expected``: options the caller relies on, such as ``hessian_structure="kron"``. ``ValueError`` if the files are
         missing, damaged or of another format, if the model's weights are others, or if an option differs.
         """
-        folder = Path(folder)
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{folder} holds no readable posterior (manifest.json: {error})") from None
-        if manifest.get("format") != FORMAT:
-            raise ValueError(f"{folder}: format {manifest.get('format')!r}, this version reads {FORMAT}; fit it again")
-        for option, value in expected.items():
-            if option not in manifest["options"]:
-                raise ValueError(f"{option!r} is no option of a posterior; there are {', '.join(manifest['options'])}")
-            if manifest["options"][option] != value:
-                raise ValueError(f"{folder} was fitted with {option}={manifest['options'][option]!r}, not {value!r}")
-        path = folder / "posterior.safetensors"
-        if not path.exists() or _checksum(path, manifest) != manifest.get("checksum"):
-            raise ValueError(f"{folder} is cut short or changed since it was written; fit it again")
-        if model_fingerprint(model) != manifest["model"]:
-            raise ValueError(f"{folder} was fitted on a model with other weights; load that model, or fit again")
-        la = cls(model, layers=manifest["layers"], **manifest["options"])
-        if [list(s) for s in la.shapes] != manifest["shapes"]:
-            raise ValueError(f"{folder}: layer shapes {manifest['shapes']} do not fit the model's {la.shapes}")
-        tensors = load_file(path)
-        la.prior_precision = tensors.pop("prior_precision")
-        la._distance, la.tokens_per_expert = tensors.pop("distance"), tensors.pop("tokens")
-        la.num_items, la.log_likelihood = manifest["num_items"], manifest["log_likelihood"]
-        kind = curvature.DenseBlocks if la.options["hessian_structure"] == "full" else curvature.Eigenbasis
-        la.posteriors = []
-        for i, module in enumerate(la._modules):
-            named = {k.split(".", 1)[1]: v.to(down_weight(module).device) for k, v in tensors.items() if k.startswith(f"{i}.")}
-            la.posteriors.append(kind.from_tensors(named))
-        return la
-
-
-def _checksum(path: Path, manifest: Mapping) -> str:
-    """Over the tensors' file and the rest of the manifest: either changed by hand, or cut short, no longer fits."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(json.dumps({k: v for k, v in manifest.items() if k != "checksum"}, sort_keys=True).encode())
-    return digest.hexdigest()
+        return laplace_files.load(cls, folder, model, expected)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from .curvature import log_det_ratio
 
 # The precisions looked at: far wider than any optimum seen, so that an end is reached only where there is no optimum.
 # 8 steps a decade put the best grid point within 15% of the optimum before it is refined.
 GRID = torch.logspace(-4, 8, 97, dtype=torch.float64)
 # For the validation NLL two steps a decade: it is flat and noisy, and a finer choice would fit the noise.
 COARSE = GRID[::4]
+# Spectra of up to this many eigenvalues are held in float64 and evaluated in one call for all layers; larger ones layer by layer.
+AT_ONCE = 2**24
 
 
 def groups(granularity: str, layers: int, experts: int) -> Tensor:
@@ -24,6 +29,52 @@ def groups(granularity: str, layers: int, experts: int) -> Tensor:
         case "expert":
             return torch.arange(layers * experts).view(layers, experts)
     raise ValueError(f"granularity={granularity!r} is not one of 'global', 'layer', 'expert'")
+
+
+def evidence_penalty(spectra: Sequence[Tensor], distance: Tensor) -> Callable[[Tensor], Tensor]:
+    """What the evidence loses by a prior of ``precision [L, E]``, expert by expert ``[L, E]`` (float64, CPU, differentiable):
+
+    ``1/2 lambda ||W_MAP - W_0||^2 + 1/2 log det(H + lambda I) - 1/2 P log lambda``,
+
+    from each layer's curvature eigenvalues ``spectra[l] [E_l, R]`` and ``distance [L, E]`` ``= ||W_MAP - W_0||^2`` alone.
+    """
+    L, E = distance.shape
+    width = max(h.shape[1] for h in spectra)
+    if L * E * width <= AT_ONCE:
+        spectra = [torch.stack([pad(h.double().cpu(), (0, width - h.shape[1], 0, E - len(h))) for h in spectra])]
+
+    def penalty(precision: Tensor) -> Tensor:
+        if spectra[0].dim() == 3:
+            ratios = log_det_ratio(spectra[0], precision)
+        else:
+            ratios = torch.stack([pad(log_det_ratio(h, lam[: len(h)].to(h.device)).cpu(), (0, E - len(h)))
+                                  for h, lam in zip(spectra, precision, strict=True)])
+        return 0.5 * (precision * distance + ratios)
+
+    return penalty
+
+
+def best_by_evidence(spectra: Sequence[Tensor], distance: Tensor, group: Tensor, current: Tensor) -> Tensor:
+    """The precision of largest evidence of every group, float64 ``[groups]``. Where the data give no curvature at all, the
+    evidence would only shrink ``lambda ||W||^2``, to no prior: such an expert takes its layer's optimum, such a layer keeps
+    ``current [L, E]``."""
+    return _best(evidence_penalty(spectra, distance), _reached(spectra, distance), group, current)
+
+
+def _reached(spectra: Sequence[Tensor], distance: Tensor) -> Tensor:
+    """Which experts have any curvature, ``[L, E]``."""
+    return torch.stack([pad((h > 0).any(1).cpu(), (0, distance.shape[1] - len(h))) for h in spectra])
+
+
+def _best(penalty: Callable[[Tensor], Tensor], reached: Tensor, group: Tensor, current: Tensor) -> Tensor:
+    n = int(group.max()) + 1
+    informed = torch.zeros(n, dtype=torch.long).index_add(0, group.flatten(), reached.flatten().long()) > 0
+    best = maximise_evidence(penalty, group, current)
+    if informed.all():
+        return best
+    by_layer = groups("layer", *group.shape)
+    fallback = current if torch.equal(group, by_layer) else _best(penalty, reached, by_layer, current)[by_layer]
+    return torch.where(informed, best, torch.zeros(n, dtype=torch.float64).scatter(0, group.flatten(), fallback.flatten()))
 
 
 def maximise_evidence(penalty: Callable[[Tensor], Tensor], group: Tensor, current: Tensor) -> Tensor:

@@ -1,17 +1,16 @@
 """The experts' Laplace posterior on tiny models of five architectures, against autograd and dense references."""
 
-import json
-import warnings
-
 import pytest
 import torch
 from tiny import ARCHITECTURES, autograd_jacobians, captured_jacobians, dense_ggn, single_items, tiny_batch, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bmoe_utils as bm
-from bmoe_utils import capture, curvature
+from bmoe_utils import capture
 from bmoe_utils.capture import capturing, expert_layers
 from bmoe_utils.exact import joint_predictive, prior_predictive
+from bmoe_utils.fitting import routes_of
+from bmoe_utils.jacobians import item_jacobians
 from bmoe_utils.models import option_logits
 
 # Layer norms and router probabilities are taken in float32 inside transformers even in a float64 model. Where two
@@ -225,72 +224,6 @@ def test_layers_can_be_chosen(architecture):
     assert parts[0].layers + parts[1].layers == both.layers
 
 
-# ---- prior tuning ---------------------------------------------------------------------------------------------------
-def test_finer_granularity_never_lowers_the_evidence_and_the_gradient_vanishes():
-    model, batch = tiny_model(), tiny_batch(16, seed=6)
-    la = fitted(model, [batch])
-    evidence = []
-    for granularity, shape in (("global", ()), ("layer", (2,)), ("expert", (2, 4))):
-        best = la.optimize_prior_precision(method="marglik", granularity=granularity)
-        assert best.shape == shape
-        x = best.log().requires_grad_()
-        value = la.log_marginal_likelihood(x.exp())
-        (slope,) = torch.autograd.grad(value, x)
-        assert slope.abs().max() < 1e-3  # nats per e-fold of the precision
-        evidence.append(float(value))
-    assert evidence[0] <= evidence[1] + 1e-9 <= evidence[2] + 2e-9
-    around = [float(la.log_marginal_likelihood(best * s)) for s in (0.8, 1.25)]
-    assert max(around) < evidence[2]
-
-
-def test_pretrained_prior_mean():
-    base, model, batch = tiny_model(), tiny_model(), tiny_batch(8)
-    with torch.no_grad():
-        for m in expert_layers(model).values():
-            m.down_proj += 0.1
-    la = fitted(model, [batch], prior_mean=base)
-    size = expert_layers(model)[la.layers[0]].down_proj[0].numel()
-    torch.testing.assert_close(la._distance, torch.full((2, 4), 0.01 * size, dtype=torch.float64))
-    with pytest.raises(ValueError, match="shape"):
-        bm.ExpertLaplace(model, prior_mean=tiny_model(moe_intermediate_size=5))
-
-
-def test_an_expert_never_reached_takes_its_layers_precision():
-    """Its own evidence is -1/2 lambda ||W||^2: it would choose no prior at all."""
-    la = fitted(tiny_model(), [tiny_batch(1, length=1, ragged=False)])
-    per_layer = la.optimize_prior_precision(granularity="layer")
-    per_expert = la.optimize_prior_precision(granularity="expert")
-    idle = la.tokens_per_expert == 0
-    assert idle.any() and not idle.all(1).any()
-    assert torch.equal(per_expert[idle], per_layer[:, None].expand(2, 4)[idle])
-    assert not torch.isclose(per_expert[~idle], per_layer[:, None].expand(2, 4)[~idle]).any()
-
-
-def test_weights_at_their_prior_mean_have_no_best_precision_and_it_says_so():
-    model, batch = tiny_model(), tiny_batch(8)
-    with pytest.warns(UserWarning, match="end of the range"):
-        fitted(model, [batch], prior_mean=model).optimize_prior_precision()
-
-
-@pytest.mark.parametrize("granularity", ["global", "layer", "expert"])
-def test_validation_tuning_finds_the_grid_point_of_least_nll(granularity):
-    model, batch, val = tiny_model(), tiny_batch(16, seed=6), tiny_batch(16, seed=7)
-    la = fitted(model, [batch])
-    nll = lambda lam: float(-la._link(*la.predictive_logits(val, lam), "probit", 0).gather(1, val["labels"][:, None]).log().mean())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # on random labels the best precision may well be the largest
-        best = la.optimize_prior_precision(method="val_nll", granularity=granularity, val_loader=[val], link_approx="probit",
-                                           progress=False)
-    from bmoe_utils.prior import COARSE
-    by_hand = min(nll(lam) for lam in COARSE)
-    if granularity == "global":
-        torch.testing.assert_close(nll(best), by_hand)
-    else:
-        assert nll(best) <= by_hand + 1e-9
-    with pytest.raises(ValueError, match="val_loader"):
-        la.optimize_prior_precision(method="val_nll")
-
-
 def test_joint_predictive_is_the_dense_posterior_over_all_experts_at_once(architecture):
     """Against the inverse of the dense GGN over every expert of every layer, not block-diagonal."""
     model, batch, test = tiny_model(architecture), tiny_batch(5, seed=1), tiny_batch(4, seed=2)
@@ -381,100 +314,3 @@ def test_no_weight_gradient_and_no_vocabulary_logits(architecture):
         la.fit([batch], progress=False)
         la.predictive_logits(batch)
     assert not seen
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("options", [dict(), dict(token_setting="reduce", fisher="mc"), dict(rank=3),
-                                     dict(hessian_structure="diag"), dict(hessian_structure="full", layers=[1])])
-def test_save_and_load_give_the_same_posterior(tmp_path, options):
-    model, batch = tiny_model(), tiny_batch()
-    la = fitted(model, [batch], prior_precision=0.7, **options)
-    la.save(tmp_path / "posterior")
-    again = bm.ExpertLaplace.load(tmp_path / "posterior", model)
-    assert torch.equal(again(batch), la(batch))
-    assert torch.equal(again.log_marginal_likelihood(), la.log_marginal_likelihood())
-    assert again.options == la.options and again.layers == la.layers
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["posterior"]  # nothing left beside it
-    la.save(tmp_path / "posterior")  # over an existing one
-
-
-def test_loading_what_does_not_fit_is_a_clear_error(tmp_path):
-    model, batch = tiny_model(), tiny_batch()
-    folder = tmp_path / "posterior"
-    fitted(model, [batch]).save(folder)
-    with pytest.raises(ValueError, match="other weights"):
-        bm.ExpertLaplace.load(folder, tiny_model(seed=1))
-    with pytest.raises(ValueError, match="hessian_structure='kron', not 'diag'"):
-        bm.ExpertLaplace.load(folder, model, hessian_structure="diag")
-    with pytest.raises(ValueError, match="no option"):
-        bm.ExpertLaplace.load(folder, model, structure="diag")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"options": manifest["options"] | {"fisher": "mc"}}))
-    with pytest.raises(ValueError, match="changed"):
-        bm.ExpertLaplace.load(folder, model)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    data = (folder / "posterior.safetensors").read_bytes()
-    (folder / "posterior.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="cut short"):
-        bm.ExpertLaplace.load(folder, model)
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="no readable posterior"):
-        bm.ExpertLaplace.load(folder, model)
-
-
-def test_a_failed_save_leaves_the_previous_files(tmp_path, monkeypatch):
-    model, batch = tiny_model(), tiny_batch()
-    la = fitted(model, [batch])
-    la.save(tmp_path / "posterior")
-    monkeypatch.setattr("bmoe_utils.laplace.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        la.save(tmp_path / "posterior")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["posterior"]
-    monkeypatch.undo()
-    bm.ExpertLaplace.load(tmp_path / "posterior", model)
-
-
-# ---- bad input ------------------------------------------------------------------------------------------------------
-def test_bad_options_are_named():
-    model = tiny_model()
-    for options, message in [
-        (dict(hessian_structure="kfac"), "'kron', 'diag', 'full'"),
-        (dict(fisher="true"), "'exact', 'mc', 'empirical'"),
-        (dict(token_setting="sum"), "'expand', 'reduce', 'active'"),
-        (dict(hessian_structure="diag", token_setting="reduce"), "belong to 'kron'"),
-        (dict(layers=[2]), "no MoE layer 2"),
-        (dict(layers=[]), "no MoE layer chosen"),
-        (dict(layers=[0, -2]), "named twice"),
-        (dict(rank=7), "rank=7"),
-        (dict(prior_precision=0.0), "positive"),
-        (dict(prior_precision=torch.ones(3)), "one per layer"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            bm.ExpertLaplace(model, **options)
-    with pytest.raises(ValueError, match="num_samples=0"):
-        bm.ExpertLaplace(model)(tiny_batch(), num_samples=0)
-    with pytest.raises(RuntimeError, match="fit"):
-        bm.ExpertLaplace(model)(tiny_batch())
-    with pytest.raises(ValueError, match="no batch"):
-        bm.ExpertLaplace(model).fit([], progress=False)
-    from transformers import AutoModelForCausalLM, LlamaConfig
-    dense = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=8,
-                                                         num_hidden_layers=1, num_attention_heads=1))
-    with pytest.raises(ValueError, match="no fused mixture-of-experts"):
-        bm.ExpertLaplace(dense)
-
-
-def test_non_finite_numbers_name_layer_and_batch():
-    model, batch = tiny_model(), tiny_batch()
-    with torch.no_grad():
-        expert_layers(model)["model.layers.1.mlp.experts"].gate_up_proj[:] = torch.inf
-    with pytest.raises(ValueError, match="batch 0"):
-        bm.ExpertLaplace(model).fit([batch], progress=False)
-
-
-def test_unlabelled_items_fit_but_have_no_evidence():
-    model, batch = tiny_model(), tiny_batch()
-    la = fitted(model, [batch | {"labels": torch.full((5,), -1)}])
-    la.optimize_prior_precision()
-    with pytest.raises(ValueError, match="labels"):
-        la.log_marginal_likelihood()

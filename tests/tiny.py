@@ -87,7 +87,8 @@ def autograd_jacobians(model, batch):
 def captured_jacobians(model, batch):
     """``J [B, C, L, E, P]`` and the logits ``[B, C]`` from the capture."""
     from bmoe_utils.capture import capturing
-    from bmoe_utils.curvature import item_jacobians
+    from bmoe_utils.fitting import routes_of
+    from bmoe_utils.jacobians import item_jacobians
     from bmoe_utils.laplace import ExpertLaplace
 
     la = ExpertLaplace(model)
@@ -96,8 +97,8 @@ def captured_jacobians(model, batch):
     E, d, f = la.shapes[0]
     J = torch.zeros(*logits.shape, len(captured), E, d * f, dtype=torch.float64)
     for layer, (s, g) in enumerate(captured):
-        for e, items, block in item_jacobians(s.a, g, s.item, s.counts):
-            J[items, :, layer, e] = block.flatten(2).double()
+        for e, items, block in item_jacobians(s.a, g, routes_of(s, len(logits))):
+            J[items, :, layer, e] = block.flatten(2).to(J)
     return J, logits
 
 

@@ -1,0 +1,79 @@
+"""Tuning the prior precision of the experts' posterior, by the evidence and by validation."""
+
+import warnings
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_model
+
+import bmoe_utils as bm
+from bmoe_utils.capture import expert_layers
+
+
+def fitted(model, batches, **options):
+    return bm.ExpertLaplace(model, **options).fit(batches, progress=False)
+
+
+def test_finer_granularity_never_lowers_the_evidence_and_the_gradient_vanishes():
+    model, batch = tiny_model(), tiny_batch(16, seed=6)
+    la = fitted(model, [batch])
+    evidence = []
+    for granularity, shape in (("global", ()), ("layer", (2,)), ("expert", (2, 4))):
+        best = la.optimize_prior_precision(method="marglik", granularity=granularity)
+        assert best.shape == shape
+        x = best.log().requires_grad_()
+        value = la.log_marginal_likelihood(x.exp())
+        (slope,) = torch.autograd.grad(value, x)
+        assert slope.abs().max() < 1e-3  # nats per e-fold of the precision
+        evidence.append(float(value.detach()))
+    assert evidence[0] <= evidence[1] + 1e-9 <= evidence[2] + 2e-9
+    around = [float(la.log_marginal_likelihood(best * s)) for s in (0.8, 1.25)]
+    assert max(around) < evidence[2]
+
+
+def test_pretrained_prior_mean():
+    base, model, batch = tiny_model(), tiny_model(), tiny_batch(8)
+    with torch.no_grad():
+        for m in expert_layers(model).values():
+            m.down_proj += 0.1
+    la = fitted(model, [batch], prior_mean=base)
+    size = expert_layers(model)[la.layers[0]].down_proj[0].numel()
+    torch.testing.assert_close(la._distance, torch.full((2, 4), 0.01 * size, dtype=torch.float64))
+    with pytest.raises(ValueError, match="shape"):
+        bm.ExpertLaplace(model, prior_mean=tiny_model(moe_intermediate_size=5))
+
+
+def test_an_expert_never_reached_takes_its_layers_precision():
+    """Its own evidence is -1/2 lambda ||W||^2: it would choose no prior at all."""
+    la = fitted(tiny_model(), [tiny_batch(1, length=1, ragged=False)])
+    per_layer = la.optimize_prior_precision(granularity="layer")
+    per_expert = la.optimize_prior_precision(granularity="expert")
+    idle = la.tokens_per_expert == 0
+    assert idle.any() and not idle.all(1).any()
+    assert torch.equal(per_expert[idle], per_layer[:, None].expand(2, 4)[idle])
+    assert not torch.isclose(per_expert[~idle], per_layer[:, None].expand(2, 4)[~idle]).any()
+
+
+def test_weights_at_their_prior_mean_have_no_best_precision_and_it_says_so():
+    model, batch = tiny_model(), tiny_batch(8)
+    with pytest.warns(UserWarning, match="end of the range"):
+        fitted(model, [batch], prior_mean=model).optimize_prior_precision()
+
+
+@pytest.mark.parametrize("granularity", ["global", "layer", "expert"])
+def test_validation_tuning_finds_the_grid_point_of_least_nll(granularity):
+    model, batch, val = tiny_model(), tiny_batch(16, seed=6), tiny_batch(16, seed=7)
+    la = fitted(model, [batch])
+    nll = lambda lam: float(-la._link(*la.predictive_logits(val, lam), "probit", 0).gather(1, val["labels"][:, None]).log().mean())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # on random labels the best precision may well be the largest
+        best = la.optimize_prior_precision(method="val_nll", granularity=granularity, val_loader=[val], link_approx="probit",
+                                           progress=False)
+    from bmoe_utils.prior import COARSE
+    by_hand = min(nll(lam) for lam in COARSE)
+    if granularity == "global":
+        torch.testing.assert_close(nll(best), by_hand)
+    else:
+        assert nll(best) <= by_hand + 1e-9
+    with pytest.raises(ValueError, match="val_loader"):
+        la.optimize_prior_precision(method="val_nll")
