@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Pairs are taken together until what they need reaches this many elements. On the CPU 2 MiB of float32, so that they stay in
+# Pairs are taken together until what they need reaches this many elements. On the CPU 1 MiB of float32, so that they stay in
 # the cache; elsewhere 256 MiB, so that the device is busy.
-CHUNK_ELEMENTS = {"cpu": 2**19}
+CHUNK_ELEMENTS = {"cpu": 2**18}
 CHUNK_ELEMENTS_ELSEWHERE = 2**26
 # ... and until the smallest has fewer than this share of the largest's slots, since all are padded to that.
 FILLED = 0.7

@@ -178,6 +178,10 @@ class ExpertLaplace:
         self._distance = self._squared_distance(self._prior_mean)  # of the weights as they are now
         self.tokens_per_expert, self.num_items = fit.tokens, fit.items
         self.log_likelihood = fit.log_likelihood if fit.labelled else None
+        share = self.options["rank"]
+        if isinstance(share, float) and (missed := (self.captured_energy < share).sum()):
+            warnings.warn(f"rank={share}: {int(missed)} factors hold less than that share of their trace in all that their sketches "
+                          "have (see captured_energy); give a whole number of eigenvectors to have larger ones", stacklevel=2)
         return self
 
     @property

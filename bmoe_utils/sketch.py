@@ -42,6 +42,11 @@ def sketch_size(rank: int | float, width: int) -> tuple[int, int]:
     return min(width, rank + 2 * spare), rank + spare
 
 
+def next_restart(seen: float, columns: int) -> float:
+    """After how many samples an expert the sketch that restarts now does so again."""
+    return min(GROWTH * seen, seen + LATEST_RESTART * columns)
+
+
 def gaussian(width: int, columns: int, seed: int) -> Tensor:
     """``[m, k]`` float64 on the CPU."""
     return torch.randn(width, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -123,7 +128,7 @@ class Sketch:
         if seen < due or k == m:  # with all columns nothing is missed
             return
         self._restart(*(x.flip(-1) for x in self._eigenpairs(self.U.dtype)))
-        self.progress = torch.tensor([seen, min(GROWTH * seen, seen + LATEST_RESTART * k), restarts + 1], dtype=torch.float64)
+        self.progress = torch.tensor([seen, next_restart(seen, k), restarts + 1], dtype=torch.float64)
 
     def _restart(self, values: Tensor, vectors: Tensor) -> None:
         """From the ``kept`` leading of these eigenpairs (descending; ``k`` of them or more) and random columns."""

@@ -168,11 +168,12 @@ def test_every_routed_expert_has_its_factor_and_padding_none(architecture):
             torch.testing.assert_close((u * alpha) @ u.T, A[layer, e], **ACROSS_SHAPES)
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
-def test_experts_without_tokens(structure):
+@pytest.mark.parametrize("options", [dict(hessian_structure=s) for s in ("kron", "ekfac", "diag", "full")]
+                         + [dict(rank=3), dict(hessian_structure="ekfac", rank=0.9)])
+def test_experts_without_tokens(options):
     """One token in all: most experts get nothing. The fit stands, they keep the prior, and reaching them later works."""
     model, batch, test = tiny_model(), tiny_batch(1, length=1, ragged=False), tiny_batch(4, seed=2)
-    la = fitted(model, [batch], hessian_structure=structure, prior_precision=0.5)
+    la = fitted(model, [batch], prior_precision=0.5, **options)
     idle = la.tokens_per_expert == 0
     assert idle.sum() == 4  # 2 layers x (4 experts - top 2)
     J, _ = autograd_jacobians(model, test)
@@ -186,7 +187,7 @@ def test_experts_without_tokens(structure):
 
 @pytest.mark.parametrize("options", [dict(), dict(token_setting="reduce"), dict(token_setting="active"),
                                      dict(hessian_structure="diag"), dict(hessian_structure="full"),
-                                     dict(fisher="empirical")])
+                                     dict(hessian_structure="ekfac"), dict(fisher="empirical")])
 def test_results_do_not_depend_on_batch_size_or_padding(options, architecture):
     model, batch, test = tiny_model(architecture), tiny_batch(7, seed=4), tiny_batch(4, seed=5)
     wide = {k: torch.nn.functional.pad(v, (5, 0)) if k in ("input_ids", "attention_mask") else v for k, v in batch.items()}

@@ -14,8 +14,8 @@ def fitted(model, batches, **options):
     return bm.ExpertLaplace(model, **options).fit(batches, progress=False)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(token_setting="reduce", fisher="mc"), dict(rank=3),
-                                     dict(hessian_structure="diag"), dict(hessian_structure="full", layers=[1])])
+@pytest.mark.parametrize("options", [dict(), dict(token_setting="reduce", fisher="mc"), dict(rank=3), dict(rank=0.5),
+                                     dict(hessian_structure="ekfac", rank=2), dict(hessian_structure="diag"), dict(hessian_structure="full", layers=[1])])
 def test_save_and_load_give_the_same_posterior(tmp_path, options):
     model, batch = tiny_model(), tiny_batch()
     la = fitted(model, [batch], prior_precision=0.7, **options)
