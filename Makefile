@@ -14,13 +14,14 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce smoke test lab clean distclean
+.PHONY: help install reproduce smoke test bench lab clean distclean
 .NOTPARALLEL:
 
 help:
 	@echo "make reproduce   create $(VENV), install, run every notebook headless, write figures/   (PROFILE=$(PROFILE))"
 	@echo "make test        create $(VENV) if absent, install, run the tests and the notebooks (pytest + nbval)"
-	@echo "make smoke       every notebook with the smallest settings, in about three minutes"
+	@echo "make smoke       every notebook with the smallest settings, in a few minutes"
+	@echo "make bench       measure the latency of every Bayesian router; into data/runs/benchmarks/"
 	@echo "make lab         open the notebooks in JupyterLab"
 	@echo "make install     only create $(VENV) and install"
 	@echo "make clean       remove finished artefacts, executed copies and caches; figures/ stays (distclean: $(VENV) too)"
@@ -60,6 +61,9 @@ smoke:
 test: $(STAMP)
 	@echo "== running the tests and the notebooks with their smoke values"
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
+
+bench: $(STAMP)
+	@$(PY) tests/benchmarks/router_latency.py $(ARGS)
 
 lab: $(STAMP)
 	@echo "== JupyterLab on notebooks/; a chapter runs with its smoke values unless its parameters cell is changed"
