@@ -119,12 +119,14 @@ class Fit:
     def _groups(self, budget: int | None) -> list[list[int]]:
         if budget is None:
             return [list(range(len(self.layers)))]
+        if self.options["hessian_structure"] == "full":
+            raise ValueError("memory_budget bounds sums of a fixed size; those of 'full' grow with the data")
         groups, room = [], 0
         for i, weight in enumerate(self.weights):
             need = factor_bytes(self.options, tuple(weight.shape), weight)
             if need > budget:
                 raise ValueError(f"memory_budget={budget} bytes is less than the sums of one layer, {self.layers[i]!r}, need: {need}")
-            if need > room:
+            if not groups or need > room:
                 groups.append([])
                 room = budget
             groups[-1].append(i)
