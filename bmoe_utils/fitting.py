@@ -54,7 +54,7 @@ def slot_rows(g: Tensor, slots: Slots, out: Tensor | None = None) -> Tensor:
         return _at_least_float32(g)
     if out is None or out.dtype != g.dtype or out.device != g.device or out.shape[1] != g.shape[1] or len(out) < len(slots.rows):
         return _at_least_float32(g[slots.rows])
-    return torch.index_select(g, 0, slots.rows, out=out[: len(slots.rows)])
+    return _at_least_float32(torch.index_select(g, 0, slots.rows, out=out[: len(slots.rows)]))
 
 
 def captured_columns(logits: Tensor, layers: Sequence[Slots], v: Tensor) -> list[tuple[Slots, list[Tensor]]]:
