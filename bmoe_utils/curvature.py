@@ -102,7 +102,8 @@ class Eigenbasis:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Eigenbasis:
-        return cls(**tensors)
+        """Copies: where a file's bytes begin, a matrix product may round differently."""
+        return cls(**{k: v.clone() for k, v in tensors.items()})
 
 
 @dataclass
@@ -145,7 +146,7 @@ class DenseBlocks:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> DenseBlocks:
         experts = range(len(tensors) // 2)
-        return cls([tensors[f"values.{e}"] for e in experts], [tensors[f"vectors.{e}"] for e in experts])
+        return cls([tensors[f"values.{e}"].clone() for e in experts], [tensors[f"vectors.{e}"].clone() for e in experts])
 
 
 def dense_block(rows: Tensor) -> tuple[Tensor, Tensor]:

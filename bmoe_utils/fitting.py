@@ -56,7 +56,7 @@ def slot_rows(g: Tensor, slots: Slots, out: Tensor | None = None) -> Tensor:
         return _at_least_float32(g)
     if out is None or out.dtype != g.dtype or out.device != g.device or out.shape[1] != g.shape[1] or len(out) < len(slots.rows):
         return _at_least_float32(g[slots.rows])
-    return torch.index_select(g, 0, slots.rows, out=out[: len(slots.rows)])
+    return _at_least_float32(torch.index_select(g, 0, slots.rows, out=out[: len(slots.rows)]))
 
 
 def captured_columns(logits: Tensor, layers: Sequence[Slots], v: Tensor) -> list[tuple[Slots, list[Tensor]]]:
@@ -121,12 +121,14 @@ class Fit:
     def _groups(self, budget: int | None) -> list[list[int]]:
         if budget is None:
             return [list(range(len(self.layers)))]
+        if self.options["hessian_structure"] == "full":
+            raise ValueError("memory_budget bounds sums of a fixed size; those of 'full' grow with the data")
         groups, room = [], 0
         for i, weight in enumerate(self.weights):
             need = factor_bytes(self.options, tuple(weight.shape), weight)
             if need > budget:
                 raise ValueError(f"memory_budget={budget} bytes is less than the sums of one layer, {self.layers[i]!r}, need: {need}")
-            if need > room:
+            if not groups or need > room:
                 groups.append([])
                 room = budget
             groups[-1].append(i)

@@ -128,7 +128,7 @@ class Sketch:
         if seen < due or k == m:  # with all columns nothing is missed
             return
         self._restart(*(x.flip(-1) for x in self._eigenpairs(self.U.dtype)))
-        self.progress = torch.tensor([seen, next_restart(seen, k), restarts + 1], dtype=torch.float64)
+        self.progress.copy_(torch.tensor([seen, next_restart(seen, k), restarts + 1]))
 
     def _restart(self, values: Tensor, vectors: Tensor) -> None:
         """From the ``kept`` leading of these eigenpairs (descending; ``k`` of them or more) and random columns."""
@@ -136,9 +136,9 @@ class Sketch:
         values, vectors = values[:, :k].clone(), vectors[:, :, :k]
         values[:, self.kept :] = 0
         fresh = gaussian(self.U.shape[1], k, self.seed + 1 + int(self.progress[2])) / self.U.shape[1] ** 0.5
-        self.U = orthonormal(torch.where(values[:, None] > 0, vectors, fresh.to(vectors))).to(self.U)
-        self.base = values.to(self.base)
-        self.Y = torch.zeros_like(self.Y)
+        self.U.copy_(orthonormal(torch.where(values[:, None] > 0, vectors, fresh.to(vectors))))
+        self.base.copy_(values)
+        self.Y.zero_()
 
     def _eigenpairs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Of ``M^``, its thin products in ``dtype``."""
@@ -152,7 +152,7 @@ class Sketch:
         """Eigenvalues ``[E, r]`` ascending, eigenvectors ``[E, m, r]`` (zero where the value is) and the share of each trace they
         hold ``[E]``."""
         values, vectors = leading(*self._eigenpairs(torch.float64), self.rank, self.energy)
-        return values.to(self.U), polished(vectors).to(self.U), values.sum(1) / self.energy  # without samples 0/0: not a number
+        return values.to(self.U), polished(vectors).to(self.U).contiguous(), values.sum(1) / self.energy  # without samples 0/0: not a number
 
     def merge(self, other: Sketch) -> None:
         """Adds the sketch of other samples. With the same ``U`` (neither has restarted, or both since a common base) that is a sum;
@@ -170,4 +170,4 @@ class Sketch:
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         for name, mine in self.tensors().items():
-            setattr(self, name, tensors[name].to(mine.device))
+            mine.copy_(tensors[name])

@@ -182,7 +182,7 @@ class DenseRows:
         return {str(e): torch.cat(rows) for e, rows in enumerate(self.rows)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        self.rows = [[tensors[str(e)].to(rows[0])] for e, rows in enumerate(self.rows)]
+        self.rows = [[tensors[str(e)].clone().to(rows[0])] for e, rows in enumerate(self.rows)]
 
     def merge(self, other: DenseRows) -> None:
         for mine, others in zip(self.rows, other.rows, strict=True):

@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_batch, tiny_model
 
 import bmoe_utils as bm
+from bmoe_utils import prior
 from bmoe_utils.capture import expert_layers
 
 
@@ -43,6 +44,26 @@ def test_pretrained_prior_mean():
         bm.ExpertLaplace(model, prior_mean=tiny_model(moe_intermediate_size=5))
 
 
+@pytest.mark.parametrize("options", [dict(), dict(rank=2), dict(hessian_structure="full"), dict(hessian_structure="ekfac", rank=0.9)])
+def test_evidence_of_all_layers_at_once_layer_by_layer_and_by_hand(options, monkeypatch):
+    """From the eigenvalues alone; large spectra are taken layer by layer."""
+    la = fitted(tiny_model(), [tiny_batch(8)], **options)
+    lam = torch.rand(2, 4, dtype=torch.float64) + 0.1
+    by_hand = la.log_likelihood - 0.5 * sum(
+        (lam[i, e] * la._distance[i, e] + torch.log1p(p.spectrum(e).double() / lam[i, e]).sum()) for i, p in enumerate(la.posteriors) for e in range(4))
+    together, best = la.log_marginal_likelihood(lam), la.optimize_prior_precision(granularity="expert")
+    monkeypatch.setattr(prior, "AT_ONCE", 0)
+    for value in (together, la.log_marginal_likelihood(lam)):
+        torch.testing.assert_close(value, by_hand, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(la.optimize_prior_precision(granularity="expert"), best, rtol=1e-6, atol=0)
+
+
+def test_tuning_by_evidence_touches_neither_model_nor_data(monkeypatch):
+    la = fitted(tiny_model(), [tiny_batch(8)])
+    monkeypatch.setattr(type(la.model), "forward", None)
+    la.optimize_prior_precision(granularity="expert")
+
+
 def test_an_expert_never_reached_takes_its_layers_precision():
     """Its own evidence is -1/2 lambda ||W||^2: it would choose no prior at all."""
     la = fitted(tiny_model(), [tiny_batch(1, length=1, ragged=False)])
@@ -69,8 +90,7 @@ def test_validation_tuning_finds_the_grid_point_of_least_nll(granularity):
         warnings.simplefilter("ignore", UserWarning)  # on random labels the best precision may well be the largest
         best = la.optimize_prior_precision(method="val_nll", granularity=granularity, val_loader=[val], link_approx="probit",
                                            progress=False)
-    from bmoe_utils.prior import COARSE
-    by_hand = min(nll(lam) for lam in COARSE)
+    by_hand = min(nll(lam) for lam in prior.COARSE)
     if granularity == "global":
         torch.testing.assert_close(nll(best), by_hand)
     else:
