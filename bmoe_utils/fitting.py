@@ -135,7 +135,7 @@ class Fit:
             room -= need
         return groups
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Empty sums for the current stage."""
         what, group = self.stages[self.stage]
         self.generator = torch.Generator().manual_seed(self.options["seed"])  # every pass draws the same labels
@@ -156,8 +156,8 @@ class Fit:
         with capturing(self.model):
             while self.stage < len(self.stages):
                 if state is None:
-                    self._begin()
-                self._pass(loader, every, progress, resumed=state is not None)
+                    self.begin()
+                self._pass(loader, every, progress)
                 state = None
                 for i, sums in zip(self.stages[self.stage][1], self.sums, strict=True):
                     posterior = sums.finish()
@@ -165,11 +165,10 @@ class Fit:
                 self.stage += 1
         self._state.remove()
 
-    def _pass(self, loader: Iterable[Mapping[str, Tensor]], every: int, progress: bool, resumed: bool) -> None:
-        what, group = self.stages[self.stage]
+    def _pass(self, loader: Iterable[Mapping[str, Tensor]], every: int, progress: bool) -> None:
         done, stored, digest = self.batches, self.digest, ""
         number = -1
-        for number, batch in enumerate(track(loader, f"expert Laplace: {what}", progress)):
+        for number, batch in enumerate(track(loader, f"expert Laplace: {self.stages[self.stage][0]}", progress)):
             if self._state.folder is not None:
                 digest = _chained(digest, batch)
             if number < done:
@@ -177,7 +176,7 @@ class Fit:
                     raise ValueError(f"{self._state.folder}: the first {done} batches of the loader are not those of the checkpoint; "
                                      "resume with the same data in the same order, or remove the folder to start over")
                 continue
-            self._batch(number, batch, what, group)
+            self.add(number, batch)
             self.batches, self.digest = number + 1, digest
             if self._state.folder is not None and self.batches % every == 0:
                 self._save()
@@ -190,7 +189,9 @@ class Fit:
         elif self.seen != self.items:
             raise ValueError(f"the loader gave {self.items} items the first time and {self.seen} now; the passes need the same data")
 
-    def _batch(self, number: int, batch: Mapping[str, Tensor], what: str, group: Sequence[int]) -> None:
+    def add(self, number: int, batch: Mapping[str, Tensor]) -> None:
+        """The batch of this number to the current stage's sums; inside ``capturing(model)``."""
+        what, group = self.stages[self.stage]
         labels, fisher = batch["labels"], self.options["fisher"]
         if not len(labels):
             raise ValueError(f"batch {number} holds no item")
@@ -211,7 +212,7 @@ class Fit:
                 g = slot_rows(gradients.pop(), slots, buffer)
                 energy = torch.linalg.vecdot(g, g)
                 if not energy.sum().isfinite():
-                    raise ValueError(f"batch {number}, layer {slots.name!r}: a gradient is not finite, or too large for its square to be")
+                    raise ValueError(f"batch {number}, layer {slots.name!r}: a gradient is not finite, or its square is not")
                 sums.column(g, energy)
                 del g
         for sums in self.sums:
@@ -232,7 +233,7 @@ class Fit:
         self._state = Checkpoint(folder, key)
         saved = self._state.load()
         if saved is None:
-            if folder is not None and Path(folder).exists():
+            if folder is not None and Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
                 raise ValueError(f"{folder} holds {_why_not(Path(folder), self._state.key)}; give the fit it belongs to, "
                                  "or remove the folder to start over")
             return None
@@ -242,7 +243,7 @@ class Fit:
             if done := _under(f"done.{i}", tensors):
                 posterior = posterior_class(self.options).from_tensors(done)
                 self.posteriors[i] = posterior if self.offload else posterior.to(weight.device)
-        self._begin()
+        self.begin()
         for i, sums in enumerate(self.sums):
             sums.restore(_under(f"sums.{i}", tensors))
         self.generator.set_state(tensors["generator"])
@@ -274,7 +275,7 @@ def _check_forward(number: int, logits: Tensor, layers: Sequence[Slots]) -> list
     energies = [torch.linalg.vecdot(slots.a, slots.a) for slots in layers]
     for slots, energy in zip(layers, energies, strict=True):
         if not energy.sum().isfinite():
-            raise ValueError(f"batch {number}, layer {slots.name!r}: an activation is not finite, or too large for its square to be")
+            raise ValueError(f"batch {number}, layer {slots.name!r}: an activation is not finite, or its square is not")
     if logits.isnan().any() or (logits.logsumexp(-1) == torch.inf).any():
         raise ValueError(f"batch {number}: a class logit is not finite")
     return energies

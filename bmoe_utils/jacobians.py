@@ -1,8 +1,9 @@
 """Per-item Jacobians of routed experts and their inner products, in whichever form costs least. Pure functions of tensors.
 
 Layout as in :mod:`bmoe_utils.curvature`: ``S`` slots sorted by expert, ``a [S, m_A]`` inputs, ``g`` K gradients ``[S, m_G]`` (a
-sequence, or one tensor ``[K, S, m_G]``), the widths being the layer's own (``f`` and ``d``) or those of a basis. A *pair* is an (expert, item) that
-meet in at least one slot; its Jacobian is ``J_k = sum_{t in pair} g_{k,t} a_t^T [m_G, m_A]``, and 0 where they do not meet.
+sequence, or one tensor ``[K, S, m_G]``), the widths being the layer's own (``f`` and ``d``) or those of a basis. A *pair* is an
+(expert, item) that meet in at least one slot; its Jacobian is ``J_k = sum_{t in pair} g_{k,t} a_t^T [m_G, m_A]``, and 0 where they
+do not meet.
 """
 
 from __future__ import annotations

@@ -224,8 +224,9 @@ class ExpertLaplace:
         """Sets (and returns) the prior precision that is best under ``method``, one per ``granularity``.
 
         ``marglik``: gradient ascent on the evidence in ``log lambda``, started from the best point of a grid; needs no
-        data. An expert that the fitting set never reached takes its layer's optimum. ``val_nll``: the grid point of least NLL on ``val_loader``, by coordinate descent from the best global
-        one when there are several; one pass over the data. Warns where the optimum is the grid's end.
+        data. An expert that the fitting set never reached takes its layer's optimum. ``val_nll``: the grid point of least NLL on
+        ``val_loader``, by coordinate descent from the best global one when there are several; one pass over the data. Warns where
+        the optimum is the grid's end.
         """
         _check(method=method, granularity=granularity, link_approx=link_approx)
         L, E = self._distance.shape

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .jacobians import Routes
 
@@ -73,7 +74,7 @@ def nystrom(Y: Tensor, U: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def eigenpairs(B: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues ``[E, k]`` ascending (float64) and eigenvectors ``[E, m, k]`` (zero where the value is) of ``B B^T``, ``B [E, m, k]``."""
+    """Of ``B B^T``, ``B [E, m, k]``: eigenvalues ``[E, k]`` ascending (float64), eigenvectors ``[E, m, k]`` (zero where those are)."""
     values, vectors = torch.linalg.eigh((B.mT @ B).double())
     keep = values > max(torch.finfo(B.dtype).eps, LEAST_RATIO) * values[:, -1:].clamp(min=0)
     return values * keep, B @ (vectors * torch.where(keep, values, torch.inf).rsqrt()[:, None]).to(B)
@@ -117,7 +118,7 @@ class Sketch:
         for e, lo, hi in routes.bounds:
             self.Y[e].addmm_(x[lo:hi].mT, x[lo:hi] @ self.U[e])
         energy = torch.linalg.vecdot(x, x) if energy is None else energy
-        upto = torch.nn.functional.pad(energy.double().cumsum(0), (1, 0))[torch.nn.functional.pad(routes.counts.cumsum(0), (1, 0))]
+        upto = pad(energy.double().cumsum(0), (1, 0))[pad(routes.counts.cumsum(0), (1, 0))]
         self.energy += upto.diff()
         self.progress[0] += len(x) / len(self.U)
 
@@ -152,11 +153,12 @@ class Sketch:
         """Eigenvalues ``[E, r]`` ascending, eigenvectors ``[E, m, r]`` (zero where the value is) and the share of each trace they
         hold ``[E]``."""
         values, vectors = leading(*self._eigenpairs(torch.float64), self.rank, self.energy)
-        return values.to(self.U), polished(vectors).to(self.U).contiguous(), values.sum(1) / self.energy  # without samples 0/0: not a number
+        captured = values.sum(1) / self.energy  # without samples 0/0: not a number
+        return values.to(self.U), polished(vectors).to(self.U).contiguous(), captured
 
     def merge(self, other: Sketch) -> None:
-        """Adds the sketch of other samples. With the same ``U`` (neither has restarted, or both since a common base) that is a sum;
-        otherwise the two approximations' sum, cut to what a restart keeps."""
+        """Adds the sketch of other samples. With the same ``U`` (neither has restarted, or both go on from one base) that is a sum,
+        otherwise the sum of the two approximations, cut to what a restart keeps."""
         if torch.equal(self.U, other.U):
             self.Y += other.Y
         else:

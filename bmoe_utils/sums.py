@@ -3,7 +3,7 @@
 All take a batch in the same steps, since a backward pass gives one Fisher column of every layer and is then let go:
 
     open(a, energy, routes)   inputs a [S, f] of the batch's slots, their squared norms [S], and where they belong
-    column(g, energy)         one Fisher column's gradients g [S, d] and their squared norms; once per column, and not kept
+    column(g, energy)         one Fisher column's gradients g [S, d] and their squared norms, not kept; once per column
     close()                   the batch is over
 
 ``finish()`` gives the posterior, ``state()`` all that was summed as named tensors, ``restore(tensors)`` puts it back, ``merge(other)``
@@ -64,9 +64,9 @@ class Gram:
 class KronSums:
     """Running Kronecker factors of one layer, ``A = sum a a^T`` and ``G = sum_k g g^T``, and the samples ``n [E]``.
 
-    ``A``, ``G``: :class:`Gram` or :class:`~bmoe_utils.sketch.Sketch`. ``expand``: every routed token is a sample. ``reduce``: one sample
-    per item and expert. ``active``: every routed token with a gradient; one without adds nothing to the exact GGN, but under
-    ``expand`` it enters ``A`` and ``n``.
+    ``A``, ``G``: :class:`Gram` or :class:`~bmoe_utils.sketch.Sketch`. ``expand``: every routed token is a sample. ``reduce``: one
+    sample per item and expert. ``active``: every routed token with a gradient; one without adds nothing to the exact GGN, but
+    under ``expand`` it enters ``A`` and ``n``.
     """
 
     def __init__(self, A: Gram | Sketch, G: Gram | Sketch, n: Tensor, token_setting: str = "expand"):

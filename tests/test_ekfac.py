@@ -22,7 +22,8 @@ def dense(posterior, e):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(token_setting="reduce"), dict(token_setting="active"), dict(fisher="mc"),
-                                     dict(fisher="empirical"), dict(rank=2), dict(rank=4, token_setting="reduce", fisher="mc"), dict(rank=0.8)])
+                                     dict(fisher="empirical"), dict(rank=2), dict(rank=0.8),
+                                     dict(rank=4, token_setting="reduce", fisher="mc")])
 def test_never_further_from_the_dense_ggn_than_kron(options):
     """In Frobenius norm, every expert of every layer of five architectures; and nearer by far as a rule. Both differ from the GGN
     in the same basis, in which EKFAC has its exact diagonal."""
@@ -48,7 +49,8 @@ def test_never_further_from_the_dense_ggn_than_kron(options):
 def test_exact_where_the_basis_is(architecture, rank):
     """One item of one token: its curvature is diagonal in the factors' eigenbasis (three columns: rank 3 holds all of it)."""
     model, batch, test = tiny_model(architecture), tiny_batch(1, length=1, ragged=False), tiny_batch(4, seed=2)
-    ekfac, full = (fitted(model, [batch], hessian_structure=h, prior_precision=0.2, rank=r) for h, r in (("ekfac", rank), ("full", None)))
+    ekfac, full = (fitted(model, [batch], hessian_structure=h, prior_precision=0.2, rank=r)
+                   for h, r in (("ekfac", rank), ("full", None)))
     torch.testing.assert_close(ekfac.log_marginal_likelihood(), full.log_marginal_likelihood(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(ekfac.predictive_logits(test)[1], full.predictive_logits(test)[1], rtol=1e-8, atol=1e-9)
 

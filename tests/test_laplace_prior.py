@@ -49,8 +49,9 @@ def test_evidence_of_all_layers_at_once_layer_by_layer_and_by_hand(options, monk
     """From the eigenvalues alone; large spectra are taken layer by layer."""
     la = fitted(tiny_model(), [tiny_batch(8)], **options)
     lam = torch.rand(2, 4, dtype=torch.float64) + 0.1
-    by_hand = la.log_likelihood - 0.5 * sum(
-        (lam[i, e] * la._distance[i, e] + torch.log1p(p.spectrum(e).double() / lam[i, e]).sum()) for i, p in enumerate(la.posteriors) for e in range(4))
+    penalties = [lam[i, e] * la._distance[i, e] + torch.log1p(p.spectrum(e).double() / lam[i, e]).sum()
+                 for i, p in enumerate(la.posteriors) for e in range(4)]
+    by_hand = la.log_likelihood - 0.5 * sum(penalties)
     together, best = la.log_marginal_likelihood(lam), la.optimize_prior_precision(granularity="expert")
     monkeypatch.setattr(prior, "AT_ONCE", 0)
     for value in (together, la.log_marginal_likelihood(lam)):

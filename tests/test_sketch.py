@@ -1,10 +1,11 @@
-"""One-pass low rank against what the whole spectrum would give and against an incremental SVD, in float64 unless it says otherwise."""
+"""One-pass low rank against what the whole spectrum would give and against an incremental SVD, in float64 unless said otherwise."""
 
 import pytest
 import torch
 from routed import slots, summed
 from tiny import tiny_batch, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import bmoe_utils as bm
 from bmoe_utils import sketch
@@ -183,8 +184,8 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for t in torch.utils._pytree.tree_leaves(out):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
                 self.shapes.add(tuple(t.shape))
         return out

@@ -95,8 +95,8 @@ def fit_step(la, what: str = "factors"):
     fit = Fit(la.model, la.layers, la._modules, la.options)
     if what == "moments":
         fit.posteriors, fit.stage = list(la.posteriors), 1
-    fit._begin()
-    return fit, lambda batch: fit._batch(0, batch, *fit.stages[fit.stage]), lambda: [s.finish() for s in fit.sums]
+    fit.begin()
+    return fit, lambda batch: fit.add(0, batch), lambda: [s.finish() for s in fit.sums]
 
 
 def restarts(fit, batches: int) -> list[tuple[Sketch, int]]:
