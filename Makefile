@@ -21,7 +21,7 @@ help:
 	@echo "make reproduce   create $(VENV), install, run every notebook headless, write figures/   (PROFILE=$(PROFILE))"
 	@echo "make test        create $(VENV) if absent, install, run the tests and the notebooks (pytest + nbval)"
 	@echo "make smoke       every notebook with the smallest settings, in a few minutes"
-	@echo "make bench       measure the latency of every Bayesian router; into data/runs/benchmarks/"
+	@echo "make bench       measure what routers and curvature cost beside the model's own passes"
 	@echo "make lab         open the notebooks in JupyterLab"
 	@echo "make install     only create $(VENV) and install"
 	@echo "make clean       remove finished artefacts, executed copies and caches; figures/ stays (distclean: $(VENV) too)"
@@ -63,7 +63,8 @@ test: $(STAMP)
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
 
 bench: $(STAMP)
-	@$(PY) tests/benchmarks/router_latency.py $(ARGS)
+	@$(PY) tests/benchmarks/router_latency.py
+	@$(PY) tests/benchmarks/curvature_floor.py
 
 lab: $(STAMP)
 	@echo "== JupyterLab on notebooks/; a chapter runs with its smoke values unless its parameters cell is changed"
