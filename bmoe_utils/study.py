@@ -396,10 +396,8 @@ class Study:
                   num_samples: int | None = -1, **which) -> torch.Tensor:
         """Mean Jaccard overlap per layer ``[L]`` under noise on the first ``noise_items`` test questions
         (:func:`stability.routing_stability`); of the MAP model itself where no ``method`` is named."""
-        which |= {} if num_samples == -1 else {"samples": num_samples}
         config = {**self._router_config(seed, method, gamma, where, fresh, self.router_mean), "items": self.noise_items,
-                  "samples": self.router_samples} | which
-        which.pop("samples", None)
+                  "samples": self.router_samples if num_samples == -1 else num_samples} | which
 
         def compute() -> dict:
             items = self.loader(self.task["test"].subset(self.noise_items), batch_size=self.router_batch)
