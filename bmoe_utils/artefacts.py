@@ -96,7 +96,7 @@ def model_fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def _code_version(modules) -> str:
+def code_version(modules) -> str:
     """Hash of what the named bmoe_utils modules do: comments, docstrings and layout do not count."""
     digest = hashlib.sha256()
     for module in sorted(modules, key=str):
@@ -153,7 +153,7 @@ class Store:
         """
         if not re.fullmatch(r"[A-Za-z0-9_]+", kind):
             raise ValueError(f"kind {kind!r}: letters, digits and underscores only")
-        key = {"kind": kind, "config": _canonical(config, "config"), "code": _code_version(modules), "versions": _versions()}
+        key = {"kind": kind, "config": _canonical(config, "config"), "code": code_version(modules), "versions": _versions()}
         final = self.root / f"{kind}-{fingerprint(key)[:12]}"
         run = {"": "", "0": "", "1": _PROCESS_RUN}.get(value := os.environ.get("BMOE_FRESH", ""), value)
         if not fresh and self._finished(final, run):
