@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse, json, sys
 from pathlib import Path
 
-from bmoe_utils import engine, runner, sweep
+from bmoe_utils import engine, matrix, runner, sweep
 
 EXAMPLES = """examples:
   python -m bmoe_utils reproduce --profile cpu                    every chapter, as committed
@@ -12,6 +12,7 @@ EXAMPLES = """examples:
   python -m bmoe_utils reproduce --profile cpu --task FOLDER      your own questions: train and test, parquet or jsonl
   python -m bmoe_utils reproduce --profile gpu --task openbookqa --model PATH_OR_HUB_ID
   python -m bmoe_utils reproduce --profile smoke -p epochs=3      another value for one setting of the profile
+  python -m bmoe_utils reproduce --profile paper --dry-run        the papers' whole matrix, with its estimated cost
   python -m bmoe_utils sweep --help                               many runs at once, over GPUs and machines
   python -m bmoe_utils profiles                                   every profile's settings
 Finished artefacts are kept in data/cache: an interrupted run resumes when the same command is given again."""
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="short for -p seeds=[...]")
     r.add_argument("--out", metavar="FOLDER", help="executed notebooks, HTML and figures; default: data/runs/<run>, figures of the committed run: figures")
     r.add_argument("--fresh", action="store_true", help="compute everything anew, whatever is finished")
+    r.add_argument("--dry-run", action="store_true", help="only say what would run; of the profile paper, the whole matrix with its estimated cost")
     r.add_argument("--keep-going", action="store_true", help="after a failing chapter go on with the next")
     r.add_argument("--jobs", type=_jobs, metavar="N", help="chapters at a time; default: one a core (at most 4) for the embedded model, else one a GPU")
     r.add_argument("--html", action=argparse.BooleanOptionalAction, default=True, help="also write each executed notebook as HTML")
@@ -69,7 +71,23 @@ def _reproduce(options) -> int:
     overrides = runner.overrides_of(options.profile, options.parameter, options.seeds)
     plan = runner.Plan.make(options.profile, options.task, options.model, overrides, options.out, options.fresh)
     chosen = runner.select(runner.chapters(), options.only)
+    if options.dry_run:
+        return _say_plan(plan, chosen)
     return runner.run(plan, chosen, html=options.html, keep_going=options.keep_going, jobs=options.jobs or engine.workers_for(plan.embedded))
+
+
+def _say_plan(plan: runner.Plan, chosen: list[runner.Chapter]) -> int:
+    if plan.profile == "paper" and plan.task == "world":      # the world is no set of the papers: nothing more particular was asked for
+        for line in matrix.lines(runner.settings_of("paper") | plan.overrides):
+            runner.say(line)
+        runner.say("one cell alone:  python -m bmoe_utils sweep --profile paper --only 11 --task SET --model MODEL --seeds 0 --vary 'methods=[[\"map\"]]'")
+        return 0
+    before = {row["chapter"]: row["seconds"] for row in runner.summary_of(plan).get("chapters", [])}
+    for chapter in chosen:
+        seconds = before.get(chapter.path.stem)
+        runner.say(f"{chapter.path.stem}" + (f": {seconds:.0f} s the last time" if seconds else ""))
+    runner.say(f"figures would go to {runner.short(plan.figures)}/, executed notebooks to {runner.short(plan.folder)}/")
+    return 0
 
 
 def _sweep(options) -> int:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bmoe_utils import site
 from bmoe_utils.artefacts import PACKAGE, atomic_write, fingerprint, peak_memory_mb, project_root
 from bmoe_utils.engine import spread
 
@@ -360,7 +361,8 @@ def run(plan: Plan, chosen: list[Chapter], *, html: bool = True, keep_going: boo
     summary = {"profile": plan.profile, "task": plan.task, "model": plan.model, "overrides": plan.overrides, "chapters": rows, "jobs": jobs,
                "seconds": round(time.monotonic() - begin, 1), "peak_memory_mb": max((row["peak_memory_mb"] or 0 for row in rows), default=0)}
     atomic_write(plan.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    _report(plan, summary, html)
+    index = site.build(plan.folder, plan.figures, chapters(), summary) if html else None
+    _report(plan, summary, index)
     statuses = {row["status"] for row in rows}
     if "interrupted" in statuses:
         say("Interrupted. Finished artefacts are kept: the same command resumes" + (" (without --fresh, which would start over)." if plan.fresh else "."))
@@ -368,7 +370,15 @@ def run(plan: Plan, chosen: list[Chapter], *, html: bool = True, keep_going: boo
     return 0 if statuses == {"ok"} else 1
 
 
-def _report(plan: Plan, summary: dict, html: bool):
+def summary_of(plan: Plan) -> dict:
+    """The summary the plan's last run left, or nothing."""
+    try:
+        return json.loads((plan.folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _report(plan: Plan, summary: dict, index: Path | None):
     width = max(len(row["chapter"]) for row in summary["chapters"])
     say("")
     for row in summary["chapters"]:
@@ -376,4 +386,4 @@ def _report(plan: Plan, summary: dict, html: bool):
     memory = summary["peak_memory_mb"]
     say(f"  {'total':{width}}  {summary['seconds']:>8}  seconds" + (f"; peak memory of a chapter {memory / 1024:.2f} GiB" if memory else ""))
     say(f"figures and their numbers: {short(plan.figures)}/")
-    say(f"executed notebooks{' and HTML' if html else ''}: {short(plan.folder)}/")
+    say(f"executed notebooks: {short(plan.folder)}/" + (f"; all of it as pages: {short(index)}" if index else ""))
