@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -233,9 +232,6 @@ class Fit:
         self._state = Checkpoint(folder, key)
         saved = self._state.load()
         if saved is None:
-            if folder is not None and Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
-                raise ValueError(f"{folder} holds {_why_not(Path(folder), self._state.key)}; give the fit it belongs to, "
-                                 "or remove the folder to start over")
             return None
         values, tensors = saved
         self.stage = values["stage"]
@@ -293,14 +289,3 @@ def _chained(digest: str, batch: Mapping[str, Tensor]) -> str:
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
-
-
-def _why_not(folder: Path, key: str) -> str:
-    """What a folder whose checkpoint is of no use here holds."""
-    try:
-        other = json.loads((folder / "state.json").read_text())["key"] != key
-    except (OSError, ValueError, KeyError, TypeError):
-        other = False
-    if other:
-        return "the checkpoint of another fit (another model, other options, layers or memory budget)"
-    return "no whole checkpoint (cut short, changed, or something else)"
