@@ -238,7 +238,7 @@ def test_layers_fitted_in_groups_are_those_fitted_together(options, tmp_path, mo
         moved, to = [], curvature.Eigenbasis.to
         patch.setattr(curvature.Eigenbasis, "to", lambda self, device: (moved.append(device), to(self, device))[1])
         apart = fit(model, memory_budget=need, **options)
-    assert moved == ["cpu"] * len(whole.layers) * passes
+    assert [where for where in moved if where == "cpu"] == ["cpu"] * len(whole.layers) * passes  # else: bases to their layer's device
     assert seen == [(layer,) for layer in whole.layers for _ in range(passes * len(BATCHES))]
     assert same(whole, apart)
     assert torch.equal(whole.predictive_logits(test)[1], apart.predictive_logits(test)[1])

@@ -8,7 +8,7 @@ from torch import nn
 import bmoe_utils as bm
 from bmoe_utils.artefacts import model_fingerprint
 from bmoe_utils.capture import capturing, down_weight, expert_layers, num_experts, recording
-from bmoe_utils.fitting import backward_passes
+from bmoe_utils.columns import backward_passes
 from bmoe_utils.models import option_logits
 from bmoe_utils.unfused import gathered_rows, is_unfused
 
