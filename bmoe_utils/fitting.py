@@ -19,6 +19,7 @@ from .capture import Slots, capturing, down_weight
 from .checkpoint import Checkpoint
 from .columns import backward_passes, read_out, routes_of, slot_rows
 from .labels import drawn_labels, item_marks
+from .on_disk import Scratch
 from .parallel import Ranks
 from .progress import track
 from .sums import DenseRows, KronSums, SquareSums, factor_bytes, first_sums
@@ -32,16 +33,16 @@ class Fit:
 
     ``options``: those of :class:`~bmoe_utils.laplace.ExpertLaplace`. A *stage* is one pass over the data for a group of layers: the
     factors, and for ``ekfac`` a second one for the moments in their eigenbasis. ``memory_budget`` (bytes of running sums at once)
-    makes groups of layers, whose finished posteriors rest in host memory; without one all layers are a group. ``ranks``: the
-    processes that pass over a shard each; every stage ends with the posterior of all.
+    makes groups of layers, whose finished posteriors rest in host memory; without one all layers are a group. ``offload``: a folder
+    where they rest instead. ``ranks``: the processes that pass over a shard each; every stage ends with the posterior of all.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], modules: Sequence[nn.Module], options: Mapping,
-                 memory_budget: int | None = None, ranks: Ranks | None = None):
+                 memory_budget: int | None = None, offload: str | Path | None = None, ranks: Ranks | None = None):
         self.model, self.layers, self.options = model, list(layers), dict(options)
         self.weights = [down_weight(m) for m in modules]
         self.ranks = ranks or Ranks()
-        self.offload = memory_budget is not None
+        self.on_host, self.offload, self.scratch = memory_budget is not None, offload, None
         passes = ("factors", "moments") if options["hessian_structure"] == "ekfac" else ("factors",)
         self.stages = [(what, group) for group in self._groups(memory_budget) for what in passes]
         self.posteriors: list = [None] * len(self.layers)
@@ -88,7 +89,11 @@ class Fit:
             if len(self.stages) > 1 and iter(loader) is loader:
                 raise ValueError(f"this fit goes through the data {len(self.stages)} times, and the loader can be used only once: "
                                  "give a list of batches or a DataLoader")
+            if checkpoint is not None and self.offload is not None:
+                raise ValueError("checkpoint and offload exclude each other: a checkpoint holds all finished posteriors, in memory while "
+                                 "it is written")
             resumed = self._open(checkpoint)
+            self.scratch = None if self.offload is None else Scratch(self.offload)
         self._check_ranks()
         with capturing(self.model):
             while self.stage < len(self.stages):
@@ -128,9 +133,16 @@ class Fit:
             if self.ranks.size > 1:
                 tensors = self.ranks.share(k, {} if finished[k] is None else finished[k].tensors(), self.weights[i].device)
                 finished[k] = posterior_class(self.options).from_tensors(tensors)
-            self.posteriors[i] = finished[k].to("cpu") if self.offload else finished[k]
+            with self.ranks.together():
+                self.posteriors[i] = self._rested(i, finished[k])
             finished[k] = None
         self.stage += 1
+
+    def _rested(self, layer: int, posterior):
+        """The finished posterior of a layer, where it is to be until the end."""
+        if self.scratch is not None:
+            return self.scratch.rest(layer, posterior)
+        return posterior.to("cpu") if self.on_host else posterior
 
     def _check_ranks(self) -> None:
         """``ValueError`` on all of them where they do not fit the same thing from the same pass on."""
@@ -239,7 +251,7 @@ class Fit:
         for i, weight in enumerate(self.weights):
             if done := _under(f"done.{i}", tensors):
                 posterior = posterior_class(self.options).from_tensors(done)
-                self.posteriors[i] = posterior if self.offload else posterior.to(weight.device)
+                self.posteriors[i] = posterior if self.on_host else posterior.to(weight.device)
         self.begin()
         for k, sums in enumerate(self.sums):
             sums.restore(_under(f"sums.{k}", tensors))

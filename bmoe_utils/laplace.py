@@ -164,13 +164,16 @@ class ExpertLaplace:
         return logits.detach(), captured_columns(logits, layers, v)
 
     def fit(self, loader: Iterable[Mapping[str, Tensor]], *, checkpoint: str | Path | None = None, every: int = 50,
-            memory_budget: int | None = None, group: ProcessGroup | str | None = None, progress: bool = True) -> ExpertLaplace:
+            memory_budget: int | None = None, offload: str | Path | None = None, group: ProcessGroup | str | None = None,
+            progress: bool = True) -> ExpertLaplace:
         """Accumulates the curvature over the fitting set, summed over items. Leaves the model bit for bit as it was.
 
         ``checkpoint``: a folder in which the sums are kept every ``every`` batches; a fit that was cut short, called again with the
         same folder, model, options and data in the same order, goes on from there and ends in the same bits. It is removed at the
         end. ``memory_budget``: bytes that running sums may take at once; layers are then fitted in groups, one pass over the data
-        each (two for ``ekfac``), and finished posteriors rest in host memory.
+        each (two for ``ekfac``), and finished posteriors rest in host memory. ``offload``: a folder where they rest instead (best
+        with a ``memory_budget``, since all layers of a group finish together); predictions then read a layer at a time, and what
+        is there goes with the posterior. Only :meth:`save` needs memory for all of it.
 
         ``group``: the processes that fit one posterior together, ``"world"`` or a ``torch.distributed`` process group, each called with
         the same model and its own shard of the data as ``loader``, which may be empty. All end with the same posterior, that of one
@@ -186,7 +189,7 @@ class ExpertLaplace:
         """
         if every < 1:
             raise ValueError(f"every={every} must be at least 1 batch")
-        fit = Fit(self.model, self.layers, self._modules, self.options, memory_budget, Ranks(group))
+        fit = Fit(self.model, self.layers, self._modules, self.options, memory_budget, offload, Ranks(group))
         fit.run(loader, checkpoint=checkpoint, every=every, progress=progress)
         self.posteriors = fit.posteriors
         self._distance = self._squared_distance(self._prior_mean)  # of the weights as they are now
