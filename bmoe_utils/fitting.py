@@ -40,7 +40,8 @@ class Fit:
     def __init__(self, model: nn.Module, layers: Sequence[str], modules: Sequence[nn.Module], options: Mapping,
                  memory_budget: int | None = None, offload: str | Path | None = None, ranks: Ranks | None = None):
         self.model, self.layers, self.options = model, list(layers), dict(options)
-        self.weights = [down_weight(m) for m in modules]
+        # Of the weights only shape, type and device: where a layer is offloaded, adapted or separate modules, they are copies.
+        self.shapes, self.like = map(list, zip(*((tuple(w.shape), w.new_empty(0)) for w in map(down_weight, modules)), strict=True))
         self.ranks = ranks or Ranks()
         self.on_host, self.offload, self.scratch = memory_budget is not None, offload, None
         passes = ("factors", "moments") if options["hessian_structure"] == "ekfac" else ("factors",)
@@ -48,7 +49,7 @@ class Fit:
         self.posteriors: list = [None] * len(self.layers)
         self.stage = self.batches = self.items = self.seen = 0
         self.log_likelihood, self.labelled, self.digest = 0.0, True, ""
-        self.tokens = torch.zeros(len(self.layers), max(len(w) for w in self.weights), dtype=torch.long)
+        self.tokens = torch.zeros(len(self.layers), max(shape[0] for shape in self.shapes), dtype=torch.long)
         self.marks: list[int] = []  # of this rank's items, where there are several
 
     def _groups(self, budget: int | None) -> list[list[int]]:
@@ -57,8 +58,8 @@ class Fit:
         if self.options["hessian_structure"] == "full":
             raise ValueError("memory_budget bounds sums of a fixed size; those of 'full' grow with the data")
         groups, room = [], 0
-        for i, weight in enumerate(self.weights):
-            need = factor_bytes(self.options, tuple(weight.shape), weight)
+        for i, (shape, like) in enumerate(zip(self.shapes, self.like, strict=True)):
+            need = factor_bytes(self.options, shape, like)
             if need > budget:
                 raise ValueError(f"memory_budget={budget} bytes is less than the sums of one layer, {self.layers[i]!r}, need: {need}")
             if not groups or need > room:
@@ -77,10 +78,10 @@ class Fit:
     def _empty(self, k: int) -> KronSums | SquareSums | DenseRows:
         """Of the current stage's layer of this number."""
         what, group = self.stages[self.stage]
-        weight, basis = self.weights[group[k]], self.posteriors[group[k]]
+        like, basis = self.like[group[k]], self.posteriors[group[k]]
         if what == "factors":
-            return first_sums(self.options, tuple(weight.shape), weight)
-        basis = basis.to(weight.device)
+            return first_sums(self.options, self.shapes[group[k]], like)
+        basis = basis.to(like.device)
         return SquareSums(torch.zeros_like(basis.eigenvalues), basis)
 
     def run(self, loader: Iterable[Mapping[str, Tensor]], *, checkpoint: str | Path | None, every: int, progress: bool) -> None:
@@ -131,7 +132,7 @@ class Fit:
                 parts[k] = None
         for k, i in enumerate(group):
             if self.ranks.size > 1:
-                tensors = self.ranks.share(k, {} if finished[k] is None else finished[k].tensors(), self.weights[i].device)
+                tensors = self.ranks.share(k, {} if finished[k] is None else finished[k].tensors(), self.like[i].device)
                 finished[k] = posterior_class(self.options).from_tensors(tensors)
             with self.ranks.together():
                 self.posteriors[i] = self._rested(i, finished[k])
@@ -147,7 +148,7 @@ class Fit:
     def _check_ranks(self) -> None:
         """``ValueError`` on all of them where they do not fit the same thing from the same pass on."""
         said = self.ranks.texts(fingerprint({"options": self.options, "layers": self.layers, "stages": self.stages,
-                                             "shapes": [list(w.shape) for w in self.weights]}))
+                                             "shapes": self.shapes}))
         if len(set(said)) > 1:
             raise ValueError("the ranks fit different things: model, options, layers and memory budget must be the same on all")
         if len(set(stages := self.ranks.texts(str(self.stage)))) > 1:
@@ -233,7 +234,7 @@ class Fit:
     def _open(self, folder: str | Path | None) -> bool:
         """Takes up what ``folder`` holds, if anything. ``ValueError`` where that is damaged or another fit's; it is left as it is."""
         key = {} if folder is None else {
-            "format": 2, "options": self.options, "layers": self.layers, "shapes": [list(w.shape) for w in self.weights],
+            "format": 2, "options": self.options, "layers": self.layers, "shapes": self.shapes,
             "stages": self.stages, "model": model_fingerprint(self.model)}
         if folder is not None and self.ranks.size > 1:  # each rank has its own below it
             folder, name = Path(folder), f"rank-{{}}-of-{self.ranks.size}"
@@ -248,10 +249,10 @@ class Fit:
             return False
         values, tensors = saved
         self.stage = values["stage"]
-        for i, weight in enumerate(self.weights):
+        for i, like in enumerate(self.like):
             if done := _under(f"done.{i}", tensors):
                 posterior = posterior_class(self.options).from_tensors(done)
-                self.posteriors[i] = posterior if self.on_host else posterior.to(weight.device)
+                self.posteriors[i] = posterior if self.on_host else posterior.to(like.device)
         self.begin()
         for k, sums in enumerate(self.sums):
             sums.restore(_under(f"sums.{k}", tensors))
