@@ -157,11 +157,11 @@ class Fit:
 
     def _check_shards(self) -> None:
         """Whether there were any data, and whether ranks were given the same."""
-        shards = self.ranks.gather(torch.tensor(self.marks if self.ranks.size > 1 else [0] * self.seen, dtype=torch.long))
-        if not (total := sum(map(len, shards))):
+        if not (total := int(self.ranks.total(torch.tensor([self.seen])))):
             raise ValueError("the loader gave no batch: there is nothing to fit on (a generator can be used only once)")
         if self.ranks.size == 1:
             return
+        shards = self.ranks.gather(torch.tensor(self.marks, dtype=torch.long))
         if all(torch.equal(shard.sort().values, shards[0].sort().values) for shard in shards):
             raise ValueError(f"all {self.ranks.size} ranks passed over the same {len(shards[0])} items, which would count them as often: "
                              "give each rank its own shard of the data")
