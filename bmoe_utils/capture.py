@@ -70,13 +70,6 @@ class Tape:
         item, position = token[rows] // T, token[rows] % T
         self.slots.append(Slots(name, a.detach()[rows], expert, item, counts, position == T - 1, rows, z))
 
-    def gradients(self, outputs: Tensor, cotangent: Tensor, *, keep_graph: bool) -> list[Tensor]:
-        """``g = d <cotangent, outputs> / d z`` for every captured layer, each ``[S, d]``, rows as in its ``Slots``."""
-        grads = iter(torch.autograd.grad(outputs, [z for s in self.slots for z in s.z], cotangent, retain_graph=keep_graph,
-                                         materialize_grads=True))
-        parts = [[next(grads).flatten(0, -2) for _ in s.z] for s in self.slots]
-        return [(p[0] if len(p) == 1 else torch.cat(p))[s.rows] for p, s in zip(parts, self.slots, strict=True)]
-
 
 # The tape in use, if any. A module-level name because transformers hands the registered function nothing but the
 # experts module and its inputs; `recording` alone sets it, and always resets it.

@@ -18,8 +18,8 @@ from .files import replace_folder
 class Checkpoint:
     """One resumable loop's last saved state in ``folder``; ``key`` is what determines the loop (JSON values).
 
-    ``save`` replaces the state whole or not at all. ``load`` gives None where there is none, or where it is another loop's or damaged:
-    the loop then starts over. ``folder=None``: nothing is ever written.
+    ``save`` replaces the state whole or not at all. ``load`` gives None where there is none (no folder, or an empty one); what is
+    another loop's, or damaged, is refused and left as it is. ``folder=None``: nothing is ever written.
     """
 
     def __init__(self, folder: str | Path | None, key: Mapping):
@@ -36,16 +36,18 @@ class Checkpoint:
             (temporary / "state.json").write_text(json.dumps(state))
 
     def load(self) -> tuple[dict, dict[str, torch.Tensor]] | None:
-        """What was saved last, ``(values, tensors)``."""
-        if self.folder is None:
+        """What was saved last, ``(values, tensors)``. ``ValueError`` if the folder holds anything else than this loop's state."""
+        if self.folder is None or not self.folder.exists() or self.folder.is_dir() and not any(self.folder.iterdir()):
             return None
         try:
             state, path = json.loads((self.folder / "state.json").read_text()), self.folder / "state.safetensors"
-            if state["key"] != self.key or fingerprint(path) != state["tensors"]:
-                return None
-            return state["values"], load_file(path)
-        except (OSError, ValueError, KeyError, SafetensorError):
-            return None
+            if not (foreign := state["key"] != self.key) and fingerprint(path) == state["tensors"]:
+                return state["values"], load_file(path)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            foreign = False
+        what = ("the checkpoint of another fit (another model, other options or other data)" if foreign
+                else "no whole checkpoint (cut short, changed, or something else)")
+        raise ValueError(f"{self.folder} holds {what}; give the fit it belongs to, or remove the folder to start over")
 
     def remove(self) -> None:
         """At the end of the loop."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .capture import capturing
 from .curvature import softmax_hessian_root
-from .fitting import routes_of
+from .columns import routes_of
 from .jacobians import item_jacobians
 from .laplace import ExpertLaplace
 from .progress import track

@@ -1,11 +1,12 @@
-"""The passes over a fitting set that make the experts' posterior: one column of the Fisher at a time, resumable, named faults."""
+"""The passes over a fitting set that make the experts' posterior: one column of the Fisher at a time, resumable, on one process or
+several, named faults."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,89 +14,18 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import curvature
-from .artefacts import model_fingerprint
-from .capture import Slots, capturing, down_weight, recording
+from .artefacts import fingerprint, model_fingerprint
+from .capture import Slots, capturing, down_weight
 from .checkpoint import Checkpoint
-from .jacobians import Routes
-from .models import option_logits, to_device
+from .columns import backward_passes, read_out, routes_of, slot_rows
+from .labels import drawn_labels, item_marks
+from .on_disk import Scratch
+from .parallel import Ranks
 from .progress import track
-from .sums import SquareSums, factor_bytes, first_sums
+from .sums import DenseRows, KronSums, SquareSums, factor_bytes, first_sums
 
-
-def read_out(model: nn.Module, layers: Sequence[str], batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Slots]]:
-    """The class logits ``[B, C]`` in the graph, and the slots of the ``layers``, in their order and with ``a`` at least float32.
-
-    Inside ``capture.capturing(model)``.
-    """
-    batch = to_device(batch, model)
-    with recording(model, layers, batch["attention_mask"]) as tape:
-        logits = option_logits(model, batch)
-    position = {name: i for i, name in enumerate(layers)}
-    for slots in tape.slots:
-        slots.a = _at_least_float32(slots.a)
-    return logits, sorted(tape.slots, key=lambda s: position[s.name])
-
-
-def backward_passes(logits: Tensor, layers: Sequence[Slots], v: Tensor) -> Iterator[list[Tensor]]:
-    """For every cotangent of ``v [K, B, C]`` one backward pass: ``d <v_k, f> / d z`` of each layer, padding's rows included.
-
-    One after another: a batched backward of all K (``is_grads_batched``) gives the same bits, holds K times the gradients, and was
-    not faster where it was measured (tests/benchmarks/curvature_floor.py).
-    """
-    outputs, v = [z for s in layers for z in s.z], v.to(logits.dtype)
-    for k in range(len(v)):
-        grads = iter(torch.autograd.grad(logits, outputs, v[k], retain_graph=k + 1 < len(v), materialize_grads=True))
-        parts = [[next(grads).flatten(0, -2) for _ in s.z] for s in layers]  # one, or several where experts are separate modules
-        yield [torch.cat(p) if len(p) > 1 else p[0] for p in parts]
-
-
-def slot_rows(g: Tensor, slots: Slots, out: Tensor | None = None) -> Tensor:
-    """``g [S, d]`` of the real slots, at least float32, from the gradient at all of the layer's outputs. ``out [>= S, d]``: to write
-    them into, since fresh memory for every layer and column costs more than the copy."""
-    if len(slots.rows) == len(g):
-        return _at_least_float32(g)
-    if out is None or out.dtype != g.dtype or out.device != g.device or out.shape[1] != g.shape[1] or len(out) < len(slots.rows):
-        return _at_least_float32(g[slots.rows])
-    return _at_least_float32(torch.index_select(g, 0, slots.rows, out=out[: len(slots.rows)]))
-
-
-def captured_columns(logits: Tensor, layers: Sequence[Slots], v: Tensor) -> list[tuple[Slots, list[Tensor]]]:
-    """All cotangents' gradients, per layer ``(slots, K gradients [S, d])``, for what needs them together.
-
-    Where most slots have no gradient, in the last layer, only those that have one are kept, since all of them at once is what a
-    prediction needs memory for; the slots are cut to those as well.
-    """
-    kept: list[list] = [[] for _ in layers]
-    for gradients in backward_passes(logits, layers, v):
-        for of, slots, g in zip(kept, layers, gradients, strict=True):
-            g = slot_rows(g, slots)
-            active = torch.linalg.vecdot(g, g) > 0
-            of.append((g[active], active) if 2 * int(active.sum()) < len(g) else (g, None))
-        del gradients, g
-    out = []
-    for slots, of in zip(layers, kept, strict=True):
-        slots.z = ()  # the graph is spent; this frees what it held
-        if any(active is None for _, active in of):
-            chosen = torch.ones(len(slots.a), dtype=torch.bool, device=slots.a.device)
-        else:
-            chosen = torch.stack([active for _, active in of]).any(0)
-            counts = torch.bincount(slots.expert[chosen], minlength=len(slots.counts))
-            slots = replace(slots, counts=counts, **{k: getattr(slots, k)[chosen] for k in ("a", "expert", "item", "last", "rows")})
-        columns = []
-        for g, active in of:
-            if active is not None:  # where this column's gradients are among those kept
-                g = g.new_zeros(len(chosen), g.shape[1]).index_copy(0, active.nonzero().squeeze(1), g)[chosen]
-            columns.append(g)
-        out.append((slots, columns))
-    return out
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def routes_of(slots: Slots, num_items: int) -> Routes:
-    return Routes(slots.item, slots.counts, num_items)
+# What a checkpoint keeps of a fit beside its sums, its finished posteriors and its stage.
+CARRIED = ("batches", "items", "seen", "log_likelihood", "labelled", "digest")
 
 
 class Fit:
@@ -103,20 +33,24 @@ class Fit:
 
     ``options``: those of :class:`~bmoe_utils.laplace.ExpertLaplace`. A *stage* is one pass over the data for a group of layers: the
     factors, and for ``ekfac`` a second one for the moments in their eigenbasis. ``memory_budget`` (bytes of running sums at once)
-    makes groups of layers, whose finished posteriors rest in host memory; without one all layers are a group.
+    makes groups of layers, whose finished posteriors rest in host memory; without one all layers are a group. ``offload``: a folder
+    where they rest instead. ``ranks``: the processes that pass over a shard each; every stage ends with the posterior of all.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], modules: Sequence[nn.Module], options: Mapping,
-                 memory_budget: int | None = None):
+                 memory_budget: int | None = None, offload: str | Path | None = None, ranks: Ranks | None = None):
         self.model, self.layers, self.options = model, list(layers), dict(options)
-        self.weights = [down_weight(m) for m in modules]
-        self.offload = memory_budget is not None
+        # Of the weights only shape, type and device: where a layer is offloaded, adapted or separate modules, they are copies.
+        self.shapes, self.like = map(list, zip(*((tuple(w.shape), w.new_empty(0)) for w in map(down_weight, modules)), strict=True))
+        self.ranks = ranks or Ranks()
+        self.on_host, self.offload, self.scratch = memory_budget is not None, offload, None
         passes = ("factors", "moments") if options["hessian_structure"] == "ekfac" else ("factors",)
         self.stages = [(what, group) for group in self._groups(memory_budget) for what in passes]
         self.posteriors: list = [None] * len(self.layers)
         self.stage = self.batches = self.items = self.seen = 0
         self.log_likelihood, self.labelled, self.digest = 0.0, True, ""
-        self.tokens = torch.zeros(len(self.layers), max(len(w) for w in self.weights), dtype=torch.long)
+        self.tokens = torch.zeros(len(self.layers), max(shape[0] for shape in self.shapes), dtype=torch.long)
+        self.marks: list[int] = []  # of this rank's items, where there are several
 
     def _groups(self, budget: int | None) -> list[list[int]]:
         if budget is None:
@@ -124,8 +58,8 @@ class Fit:
         if self.options["hessian_structure"] == "full":
             raise ValueError("memory_budget bounds sums of a fixed size; those of 'full' grow with the data")
         groups, room = [], 0
-        for i, weight in enumerate(self.weights):
-            need = factor_bytes(self.options, tuple(weight.shape), weight)
+        for i, (shape, like) in enumerate(zip(self.shapes, self.like, strict=True)):
+            need = factor_bytes(self.options, shape, like)
             if need > budget:
                 raise ValueError(f"memory_budget={budget} bytes is less than the sums of one layer, {self.layers[i]!r}, need: {need}")
             if not groups or need > room:
@@ -137,33 +71,103 @@ class Fit:
 
     def begin(self) -> None:
         """Empty sums for the current stage."""
-        what, group = self.stages[self.stage]
-        self.generator = torch.Generator().manual_seed(self.options["seed"])  # every pass draws the same labels
+        _, group = self.stages[self.stage]
         self.batches, self.seen, self.digest = 0, 0, ""
+        self.sums = [self._empty(k) for k in range(len(group))]
+
+    def _empty(self, k: int) -> KronSums | SquareSums | DenseRows:
+        """Of the current stage's layer of this number."""
+        what, group = self.stages[self.stage]
+        like, basis = self.like[group[k]], self.posteriors[group[k]]
         if what == "factors":
-            self.sums = [first_sums(self.options, tuple(self.weights[i].shape), self.weights[i]) for i in group]
-        else:
-            bases = [self.posteriors[i] for i in group]
-            self.sums = [SquareSums(torch.zeros_like(b.eigenvalues, device=self.weights[i].device), b)
-                         for i, b in zip(group, bases, strict=True)]
+            return first_sums(self.options, self.shapes[group[k]], like)
+        basis = basis.to(like.device)
+        return SquareSums(torch.zeros_like(basis.eigenvalues), basis)
 
     def run(self, loader: Iterable[Mapping[str, Tensor]], *, checkpoint: str | Path | None, every: int, progress: bool) -> None:
-        """All stages that are left, from where ``checkpoint`` stands if there is one."""
-        if len(self.stages) > 1 and iter(loader) is loader:
-            raise ValueError(f"this fit goes through the data {len(self.stages)} times, and the loader can be used only once: "
-                             "give a list of batches or a DataLoader")
-        state = self._open(checkpoint)
+        """All stages that are left, from where ``checkpoint`` stands if there is one. What was counted is then that of all ranks."""
+        with self.ranks.together():
+            if len(self.stages) > 1 and iter(loader) is loader:
+                raise ValueError(f"this fit goes through the data {len(self.stages)} times, and the loader can be used only once: "
+                                 "give a list of batches or a DataLoader")
+            if checkpoint is not None and self.offload is not None:
+                raise ValueError("checkpoint and offload exclude each other: a checkpoint holds all finished posteriors, in memory while "
+                                 "it is written")
+            resumed = self._open(checkpoint)
+            self.scratch = None if self.offload is None else Scratch(self.offload)
+        self._check_ranks()
         with capturing(self.model):
             while self.stage < len(self.stages):
-                if state is None:
-                    self.begin()
-                self._pass(loader, every, progress)
-                state = None
-                for i, sums in zip(self.stages[self.stage][1], self.sums, strict=True):
-                    posterior = sums.finish()
-                    self.posteriors[i] = posterior.to("cpu") if self.offload else posterior
-                self.stage += 1
+                with self.ranks.together():
+                    if not resumed:
+                        self.begin()
+                        if self.ranks.size > 1 and self.stage:  # so that all ranks' checkpoints stand in the same pass
+                            self._save()
+                    self._pass(loader, every, progress)
+                resumed = False
+                self._end_stage()
+        self.ranks.total(self.tokens)
+        items, self.log_likelihood, unlabelled = self.ranks.total(
+            torch.tensor([self.items, self.log_likelihood, not self.labelled], dtype=torch.float64)).tolist()
+        self.items, self.labelled = int(items), not unlabelled
         self._state.remove()
+        if self.ranks.size > 1 and checkpoint is not None:
+            with suppress(OSError):  # the last rank's
+                Path(checkpoint).rmdir()
+
+    def _end_stage(self) -> None:
+        """The posteriors of the current stage's layers, from the sums of all ranks."""
+        if self.stage == 0:
+            self._check_shards()
+        _, group = self.stages[self.stage]
+        parts = self.ranks.reduce(self.sums, self._empty)
+        self.sums = []
+        finished = [None] * len(group)
+        with self.ranks.together():
+            for k, mine in enumerate(parts):
+                if mine:
+                    for other in mine[1:]:
+                        mine[0].merge(other)
+                    finished[k] = mine[0].finish()
+                parts[k] = None
+        for k, i in enumerate(group):
+            if self.ranks.size > 1:
+                tensors = self.ranks.share(k, {} if finished[k] is None else finished[k].tensors(), self.like[i].device)
+                finished[k] = posterior_class(self.options).from_tensors(tensors)
+            with self.ranks.together():
+                self.posteriors[i] = self._rested(i, finished[k])
+            finished[k] = None
+        self.stage += 1
+
+    def _rested(self, layer: int, posterior):
+        """The finished posterior of a layer, where it is to be until the end."""
+        if self.scratch is not None:
+            return self.scratch.rest(layer, posterior)
+        return posterior.to("cpu") if self.on_host else posterior
+
+    def _check_ranks(self) -> None:
+        """``ValueError`` on all of them where they do not fit the same thing from the same pass on."""
+        said = self.ranks.texts(fingerprint({"options": self.options, "layers": self.layers, "stages": self.stages,
+                                             "shapes": self.shapes}))
+        if len(set(said)) > 1:
+            raise ValueError("the ranks fit different things: model, options, layers and memory budget must be the same on all")
+        if len(set(stages := self.ranks.texts(str(self.stage)))) > 1:
+            raise ValueError(f"the ranks' checkpoints stand in different passes ({', '.join(stages)}): they were cut short between two; "
+                             "remove the folder to start over")
+
+    def _check_shards(self) -> None:
+        """Whether there were any data, and whether ranks were given the same."""
+        if not (total := int(self.ranks.total(torch.tensor([self.seen])))):
+            raise ValueError("the loader gave no batch: there is nothing to fit on (a generator can be used only once)")
+        if self.ranks.size == 1:
+            return
+        shards = self.ranks.gather(torch.tensor(self.marks, dtype=torch.long))
+        if all(torch.equal(shard.sort().values, shards[0].sort().values) for shard in shards):
+            raise ValueError(f"all {self.ranks.size} ranks passed over the same {len(shards[0])} items, which would count them as often: "
+                             "give each rank its own shard of the data")
+        if self.ranks.rank == 0 and (repeated := total - len(torch.cat(shards).unique())):
+            warnings.warn(f"{repeated} of the {total} items of all ranks are repeats of others and counted again. Some samplers repeat "
+                          "items to give ranks equally many (DistributedSampler; accelerate unless even_batches=False)", stacklevel=2)
 
     def _pass(self, loader: Iterable[Mapping[str, Tensor]], every: int, progress: bool) -> None:
         done, stored, digest = self.batches, self.digest, ""
@@ -171,6 +175,8 @@ class Fit:
         for number, batch in enumerate(track(loader, f"expert Laplace: {self.stages[self.stage][0]}", progress)):
             if self._state.folder is not None:
                 digest = _chained(digest, batch)
+            if self.ranks.size > 1 and self.stage == 0:
+                self.marks += item_marks(batch)
             if number < done:
                 if number + 1 == done and digest != stored:
                     raise ValueError(f"{self._state.folder}: the first {done} batches of the loader are not those of the checkpoint; "
@@ -182,8 +188,6 @@ class Fit:
                 self._save()
         if number + 1 < done:
             raise ValueError(f"{self._state.folder}: the checkpoint stands after {done} batches and the loader has {number + 1}")
-        if not self.seen:
-            raise ValueError("the loader gave no batch: there is nothing to fit on (a generator can be used only once)")
         if self.stage == 0:
             self.items = self.seen
         elif self.seen != self.items:
@@ -204,7 +208,9 @@ class Fit:
             sums.open(slots.a, energy, routes_of(slots, len(labels)))
             if what == "factors":
                 self.tokens[i, : len(slots.counts)] += slots.counts.cpu()
-        v = curvature.fisher_columns(logits.detach(), fisher, labels.to(logits.device), self.generator)
+        if fisher == "mc":  # the column of a label is the same, drawn or observed
+            fisher, labels = "empirical", drawn_labels(logits, batch, self.options["seed"])
+        v = curvature.fisher_columns(logits.detach(), fisher, labels.to(logits.device), None)
         z = layers[0].z[0]
         buffer = z.new_empty(max(len(s.a) for s in layers), z.shape[-1])
         for gradients in backward_passes(logits, layers, v):
@@ -221,43 +227,45 @@ class Fit:
         if self.stage == 0:
             self.labelled &= labelled
             if self.labelled:
-                picked = logits.detach().double().log_softmax(-1).gather(1, labels.to(logits.device)[:, None])
+                picked = logits.detach().double().log_softmax(-1).gather(1, batch["labels"].to(logits.device)[:, None])
                 self.log_likelihood += float(picked.sum())
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
-    def _open(self, folder: str | Path | None) -> Mapping | None:
-        """Takes up what ``folder`` holds. ``ValueError`` where that is damaged or another fit's; it is left as it is."""
+    def _open(self, folder: str | Path | None) -> bool:
+        """Takes up what ``folder`` holds, if anything. ``ValueError`` where that is damaged or another fit's; it is left as it is."""
         key = {} if folder is None else {
-            "options": self.options, "layers": self.layers, "shapes": [list(w.shape) for w in self.weights],
-            "stages": [[what, group] for what, group in self.stages], "model": model_fingerprint(self.model)}
+            "format": 2, "options": self.options, "layers": self.layers, "shapes": self.shapes,
+            "stages": self.stages, "model": model_fingerprint(self.model)}
+        if folder is not None and self.ranks.size > 1:  # each rank has its own below it
+            folder, name = Path(folder), f"rank-{{}}-of-{self.ranks.size}"
+            known = {name.format(r) for r in range(self.ranks.size)}
+            if folder.exists() and any(p.name not in known and not p.name.startswith(".") for p in folder.iterdir()):
+                raise ValueError(f"{folder} holds something else than checkpoints of {self.ranks.size} ranks; give the fit it belongs to "
+                                 "as many ranks as it had, or remove the folder to start over")
+            folder = folder / name.format(self.ranks.rank)
         self._state = Checkpoint(folder, key)
         saved = self._state.load()
         if saved is None:
-            if folder is not None and Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
-                raise ValueError(f"{folder} holds {_why_not(Path(folder), self._state.key)}; give the fit it belongs to, "
-                                 "or remove the folder to start over")
-            return None
+            return False
         values, tensors = saved
         self.stage = values["stage"]
-        for i, weight in enumerate(self.weights):
+        for i, like in enumerate(self.like):
             if done := _under(f"done.{i}", tensors):
                 posterior = posterior_class(self.options).from_tensors(done)
-                self.posteriors[i] = posterior if self.offload else posterior.to(weight.device)
+                self.posteriors[i] = posterior if self.on_host else posterior.to(like.device)
         self.begin()
-        for i, sums in enumerate(self.sums):
-            sums.restore(_under(f"sums.{i}", tensors))
-        self.generator.set_state(tensors["generator"])
+        for k, sums in enumerate(self.sums):
+            sums.restore(_under(f"sums.{k}", tensors))
         self.tokens = tensors["tokens"]
-        for name in ("batches", "items", "seen", "log_likelihood", "labelled", "digest"):
+        for name in CARRIED:
             setattr(self, name, values[name])
-        return values
+        return True
 
     def _save(self) -> None:
-        tensors = {"generator": self.generator.get_state(), "tokens": self.tokens}
-        tensors |= {f"sums.{i}.{k}": v for i, sums in enumerate(self.sums) for k, v in sums.state().items()}
+        tensors = {"tokens": self.tokens}
+        tensors |= {f"sums.{k}.{name}": v for k, sums in enumerate(self.sums) for name, v in sums.state().items()}
         tensors |= {f"done.{i}.{k}": v for i, p in enumerate(self.posteriors) if p is not None for k, v in p.tensors().items()}
-        values = {name: getattr(self, name) for name in
-                  ("stage", "batches", "items", "seen", "log_likelihood", "labelled", "digest")}
+        values = {"stage": self.stage} | {name: getattr(self, name) for name in CARRIED}
         try:
             self._state.save(values, tensors)
         except (OSError, SafetensorError) as error:
@@ -293,14 +301,3 @@ def _chained(digest: str, batch: Mapping[str, Tensor]) -> str:
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
-
-
-def _why_not(folder: Path, key: str) -> str:
-    """What a folder whose checkpoint is of no use here holds."""
-    try:
-        other = json.loads((folder / "state.json").read_text())["key"] != key
-    except (OSError, ValueError, KeyError, TypeError):
-        other = False
-    if other:
-        return "the checkpoint of another fit (another model, other options, layers or memory budget)"
-    return "no whole checkpoint (cut short, changed, or something else)"

@@ -11,14 +11,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import curvature, laplace_files, prior
 from .capture import capturing, down_weight, expert_layers, select_layers
-from .fitting import Fit, captured_columns, read_out, routes_of
+from .columns import captured_columns, read_out, routes_of
+from .fitting import Fit
+from .parallel import Ranks
 from .progress import track
+
+if TYPE_CHECKING:  # some builds of torch have none
+    from torch.distributed import ProcessGroup
 
 CHOICES = {
     "hessian_structure": ("kron", "ekfac", "diag", "full"),
@@ -151,28 +157,39 @@ class ExpertLaplace:
         """One forward and one backward per cotangent, inside ``capture.capturing(model)``.
 
         ``cotangents(logits) -> [K, B, C]``, by default one per class. Returns the class logits ``[B, C]`` (detached) and per layer
-        ``(Slots, K gradients [S, d])``, at least float32 (:func:`fitting.captured_columns`).
+        ``(Slots, K gradients [S, d])``, at least float32 (:func:`columns.captured_columns`).
         """
         logits, layers = read_out(self.model, self.layers, batch)
         v = (cotangents or _every_class)(logits.detach())
         return logits.detach(), captured_columns(logits, layers, v)
 
     def fit(self, loader: Iterable[Mapping[str, Tensor]], *, checkpoint: str | Path | None = None, every: int = 50,
-            memory_budget: int | None = None, progress: bool = True) -> ExpertLaplace:
+            memory_budget: int | None = None, offload: str | Path | None = None, group: ProcessGroup | str | None = None,
+            progress: bool = True) -> ExpertLaplace:
         """Accumulates the curvature over the fitting set, summed over items. Leaves the model bit for bit as it was.
 
         ``checkpoint``: a folder in which the sums are kept every ``every`` batches; a fit that was cut short, called again with the
         same folder, model, options and data in the same order, goes on from there and ends in the same bits. It is removed at the
         end. ``memory_budget``: bytes that running sums may take at once; layers are then fitted in groups, one pass over the data
-        each (two for ``ekfac``), and finished posteriors rest in host memory.
+        each (two for ``ekfac``), and finished posteriors rest in host memory. ``offload``: a folder where they rest instead (best
+        with a ``memory_budget``, since all layers of a group finish together); predictions then read a layer at a time, and what
+        is there goes with the posterior. Only :meth:`save` needs memory for all of it.
 
-        Until it has finished, the previous posterior (if any) stays in place. ``ValueError`` for an empty loader, unlabelled items
-        with ``fisher="empirical"``, a non-finite activation, logit or gradient (naming batch and layer), or a ``checkpoint`` that is
-        damaged or another fit's, which is left alone; ``OSError`` where one cannot be written, the one before it being intact.
+        ``group``: the processes that fit one posterior together, ``"world"`` or a ``torch.distributed`` process group, each called with
+        the same model and its own shard of the data as ``loader``, which may be empty. All end with the same posterior, that of one
+        process on all the data: to rounding, but for sketches (``rank``) that have restarted, which are merged. None: this process
+        alone, also where several run, since only the caller knows whether they share a posterior or have one each. Shards must not
+        repeat items: ``make_loader(items[rank::size], ...)``, or ``accelerate``'s ``prepare`` with ``even_batches=False``; torch's
+        ``DistributedSampler`` pads with repeats, which would count twice (a warning says so).
+
+        Until it has finished, the previous posterior (if any) stays in place, on every rank. ``ValueError`` for an empty loader,
+        unlabelled items with ``fisher="empirical"``, a non-finite activation, logit or gradient (naming batch and layer), a
+        ``checkpoint`` that is damaged or another fit's, which is left alone, or ranks given the same data; ``OSError`` where a
+        checkpoint cannot be written, the one before it being intact; ``RuntimeError`` where another rank failed (saying how) or is gone.
         """
         if every < 1:
             raise ValueError(f"every={every} must be at least 1 batch")
-        fit = Fit(self.model, self.layers, self._modules, self.options, memory_budget)
+        fit = Fit(self.model, self.layers, self._modules, self.options, memory_budget, offload, Ranks(group))
         fit.run(loader, checkpoint=checkpoint, every=every, progress=progress)
         self.posteriors = fit.posteriors
         self._distance = self._squared_distance(self._prior_mean)  # of the weights as they are now

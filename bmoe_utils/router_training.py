@@ -58,7 +58,8 @@ def fit_routers(
     the run. Loaders must be re-iterable; batches come in an order drawn from ``seed``. A fit that fails puts the
     previous state back. ``checkpoint``: a folder that holds the fit's state after every epoch; the same call goes on from there,
     bit for bit as if it had not been cut short, and removes it at the end (the Laplace fit is a single pass, and starts over).
-    ``ValueError`` on bad options, no batch, or items without labels, before anything has changed.
+    ``ValueError`` on bad options, no batch, items without labels, or a ``checkpoint`` that is damaged or another fit's (which is left
+    alone), before anything has changed.
     """
     routers._check_attached()
     options = {**METHOD_OPTIONS.get(routers.method, {})}

@@ -3,23 +3,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import routing
-from .artefacts import fingerprint, model_fingerprint
+from .artefacts import model_fingerprint
 from .capture import select_layers, unwrap
-from .files import replace_folder
+from .files import CheckedFolder
 from .models import option_logits
 from .router_families import FAMILIES
 from .router_rules import Rule, find_routers, linear_map
 
-FORMAT = 1
+FILES = CheckedFolder("routers", format=2)
 INFERENCE = ("inside", "whole-model")
 SIGNALS = ("gate_entropy", "logit_variance", "mc_logit_variance", "temperature")
 
@@ -315,14 +313,9 @@ class Routers:
     def save(self, folder: str | Path) -> None:
         """Writes ``routers.safetensors`` and ``manifest.json``, beside and then moved."""
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.families.state_dict().items()}
-        with replace_folder(folder) as temporary:
-            save_file(tensors, temporary / "routers.safetensors")
-            manifest = {"format": FORMAT, "method": self.method, "layers": self.layers, "inference": self.inference,
-                        "num_samples": self.num_samples, "seed": self.seed, "prior_mean": self.prior_mean,
-                        "options": self.options, "fitted": self.fitted,
-                        "model": model_fingerprint(self.model), "file": fingerprint(temporary / "routers.safetensors")}
-            manifest["checksum"] = fingerprint(manifest)
-            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        values = {name: getattr(self, name) for name in
+                  ("method", "layers", "inference", "num_samples", "seed", "prior_mean", "options", "fitted")}
+        FILES.save(folder, tensors, values, self.model)
 
     @classmethod
     def load(cls, folder: str | Path, model: nn.Module, *, method: str | None = None) -> Routers:
@@ -330,26 +323,14 @@ class Routers:
 
         ``ValueError`` if the files are missing, damaged or of another format, method or model; the model is then untouched.
         """
-        folder = Path(folder)
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{folder} holds no readable routers (manifest.json: {error})") from None
-        if manifest.get("format") != FORMAT:
-            raise ValueError(f"{folder}: format {manifest.get('format')!r}, this version reads {FORMAT}; fit them again")
-        if method not in (None, manifest["method"]):
-            raise ValueError(f"{folder} holds routers of method {manifest['method']!r}, not {method!r}")
-        path = folder / "routers.safetensors"
-        whole = fingerprint({k: v for k, v in manifest.items() if k != "checksum"}) == manifest.get("checksum")
-        if not whole or not path.exists() or fingerprint(path) != manifest["file"]:
-            raise ValueError(f"{folder} is cut short or changed since it was written; fit them again")
-        if model_fingerprint(model) != manifest["model"]:
-            raise ValueError(f"{folder} was fitted on a model with other weights; load that model, or fit again")
-        tensors = load_file(path)
-        routers = attach_routers(model, manifest["method"], layers=manifest["layers"], inference=manifest["inference"],
-                                 num_samples=manifest["num_samples"], seed=manifest["seed"], **manifest["options"])
+        saved = FILES.values(folder)
+        if method not in (None, saved["method"]):
+            raise ValueError(f"{folder} holds routers of method {saved['method']!r}, not {method!r}")
+        tensors = FILES.tensors(folder, saved, model)
+        routers = attach_routers(model, saved["method"], layers=saved["layers"], inference=saved["inference"],
+                                 num_samples=saved["num_samples"], seed=saved["seed"], **saved["options"])
         routers.restore(tensors)
-        routers.fitted, routers.prior_mean = manifest["fitted"], manifest["prior_mean"]
+        routers.fitted, routers.prior_mean = saved["fitted"], saved["prior_mean"]
         return routers
 
 

@@ -167,6 +167,10 @@ class Sketch:
         self.energy += other.energy
         self.progress[0] += other.progress[0]
 
+    def summands(self) -> list[Tensor] | None:
+        """Before the first restart all sketches of a seed have the same ``U``, and are the sketch of all samples when added."""
+        return None if self.progress[2] else [self.Y, self.energy]
+
     def tensors(self) -> dict[str, Tensor]:
         return {"U": self.U, "Y": self.Y, "base": self.base, "energy": self.energy, "progress": self.progress}
 

@@ -41,8 +41,9 @@ from .world import world_file
 # The modules whose code an artefact depends on.
 DATA = ("world", "tasks", "questions", "hub", "prompts")
 TRAINING = (*DATA, "models", "checkpoints", "deepseek", "offload", "train")
-POSTERIOR = (*TRAINING, "capture", "unfused", "curvature", "sums", "sketch", "jacobians", "fitting", "laplace", "laplace_files", "prior")
-ROUTING = (*TRAINING, "capture", "unfused", "curvature", "routing", "router_families", "router_rules", "routers", "router_training")
+POSTERIOR = (*TRAINING, "capture", "unfused", "curvature", "sums", "sketch", "jacobians", "columns", "labels", "parallel", "on_disk", "fitting",
+             "files", "laplace", "laplace_files", "prior")
+ROUTING = (*TRAINING, "capture", "unfused", "curvature", "routing", "router_families", "router_rules", "routers", "router_training", "files")
 
 
 class Study:

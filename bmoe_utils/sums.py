@@ -7,7 +7,8 @@ All take a batch in the same steps, since a backward pass gives one Fisher colum
     close()                   the batch is over
 
 ``finish()`` gives the posterior, ``state()`` all that was summed as named tensors, ``restore(tensors)`` puts it back, ``merge(other)``
-adds the sums of another part of the set.
+adds the sums of another part of the set. ``summands()``: the tensors that have only to be added for that, those of parts in place;
+None where it takes a merge.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ class Gram:
 
     def merge(self, other: Gram) -> None:
         self.M += other.M
+
+    def summands(self) -> list[Tensor]:
+        return [self.M]
 
     def tensors(self) -> dict[str, Tensor]:
         return {"M": self.M}
@@ -117,6 +121,10 @@ class KronSums:
         self.G.merge(other.G)
         self.n += other.n
 
+    def summands(self) -> list[Tensor] | None:
+        A, G = self.A.summands(), self.G.summands()
+        return None if A is None or G is None else [*A, *G, self.n]
+
 
 class SquareSums:
     """Running diagonal of the exact GGN in a Kronecker basis, ``sum_n sum_k (U_G^T J_{n,k} U_A)^2 [E, r_G, r_A]``: squares of
@@ -157,6 +165,9 @@ class SquareSums:
     def merge(self, other: SquareSums) -> None:
         self.H += other.H
 
+    def summands(self) -> list[Tensor]:
+        return [self.H]
+
 
 class DenseRows:
     """The rows ``sum_c v_{k,c} J_{n,c} [.., P]`` of the exact GGN of every expert; for small models only."""
@@ -187,6 +198,9 @@ class DenseRows:
     def merge(self, other: DenseRows) -> None:
         for mine, others in zip(self.rows, other.rows, strict=True):
             mine += others
+
+    def summands(self) -> None:
+        return None
 
 
 def first_sums(options: Mapping, shape: tuple[int, int, int], like: Tensor) -> KronSums | SquareSums | DenseRows:

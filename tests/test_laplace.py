@@ -9,7 +9,7 @@ import bmoe_utils as bm
 from bmoe_utils import capture
 from bmoe_utils.capture import capturing, expert_layers
 from bmoe_utils.exact import joint_predictive, prior_predictive
-from bmoe_utils.fitting import routes_of
+from bmoe_utils.columns import routes_of
 from bmoe_utils.jacobians import item_jacobians
 from bmoe_utils.models import option_logits
 
@@ -187,7 +187,7 @@ def test_experts_without_tokens(options):
 
 @pytest.mark.parametrize("options", [dict(), dict(token_setting="reduce"), dict(token_setting="active"),
                                      dict(hessian_structure="diag"), dict(hessian_structure="full"),
-                                     dict(hessian_structure="ekfac"), dict(fisher="empirical")])
+                                     dict(hessian_structure="ekfac"), dict(fisher="empirical"), dict(fisher="mc")])
 def test_results_do_not_depend_on_batch_size_or_padding(options, architecture):
     model, batch, test = tiny_model(architecture), tiny_batch(7, seed=4), tiny_batch(4, seed=5)
     wide = {k: torch.nn.functional.pad(v, (5, 0)) if k in ("input_ids", "attention_mask") else v for k, v in batch.items()}

@@ -47,16 +47,19 @@ def test_loading_what_does_not_fit_is_a_clear_error(tmp_path):
     (folder / "posterior.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="cut short"):
         bm.ExpertLaplace.load(folder, model)
-    (folder / "manifest.json").write_text("{")
+    for content in ("{", "[]", ""):
+        (folder / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match="no readable posterior"):
+            bm.ExpertLaplace.load(folder, model)
     with pytest.raises(ValueError, match="no readable posterior"):
-        bm.ExpertLaplace.load(folder, model)
+        bm.ExpertLaplace.load(tmp_path / "nowhere", model)
 
 
 def test_a_failed_save_leaves_the_previous_files(tmp_path, monkeypatch):
     model, batch = tiny_model(), tiny_batch()
     la = fitted(model, [batch])
     la.save(tmp_path / "posterior")
-    monkeypatch.setattr("bmoe_utils.laplace_files.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("bmoe_utils.files.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         la.save(tmp_path / "posterior")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["posterior"]

@@ -166,7 +166,7 @@ def unchanged(folder, before):
 
 @pytest.mark.parametrize("change, message", [
     (dict(model=tiny_model(seed=1)), "another model"), (dict(fisher="empirical"), "other options"), (dict(rank=2), "other options"),
-    (dict(layers=[0]), "layers"), (dict(seed=3), "other options"), (dict(memory_budget=10_000), "memory budget"),
+    (dict(layers=[0]), "other options"), (dict(seed=3), "other options"), (dict(memory_budget=10_000), "other options"),
     (dict(batches=BATCHES[1:]), "not those of the checkpoint"),
     (dict(batches=BATCHES[:2]), "stands after 4 batches and the loader has 2")])
 def test_another_fits_checkpoint_is_refused_and_left_alone(change, message, tmp_path, monkeypatch):
@@ -238,7 +238,7 @@ def test_layers_fitted_in_groups_are_those_fitted_together(options, tmp_path, mo
         moved, to = [], curvature.Eigenbasis.to
         patch.setattr(curvature.Eigenbasis, "to", lambda self, device: (moved.append(device), to(self, device))[1])
         apart = fit(model, memory_budget=need, **options)
-    assert moved == ["cpu"] * len(whole.layers) * passes
+    assert [where for where in moved if where == "cpu"] == ["cpu"] * len(whole.layers) * passes  # else: bases to their layer's device
     assert seen == [(layer,) for layer in whole.layers for _ in range(passes * len(BATCHES))]
     assert same(whole, apart)
     assert torch.equal(whole.predictive_logits(test)[1], apart.predictive_logits(test)[1])

@@ -71,28 +71,42 @@ def test_patience_survives_the_resumption(tmp_path, monkeypatch):
         assert same(fit(model, "mcdropout", folder, patience=1), whole)
 
 
-@pytest.mark.parametrize("change", [{"beta": 0.5}, {"seed": 3}, {"train": [tiny_batch(6, seed=7)]}, {"patience": 3}])
-def test_another_fit_s_state_is_not_taken_up(change, tmp_path, monkeypatch):
-    model, folder = moe(), tmp_path / "state"
+def halted(model, folder, monkeypatch):
+    """An unfinished fit's folder, and what is in it."""
     with monkeypatch.context() as patch:
         kill_at(patch, 8)
         with pytest.raises(Killed):
             fit(model, "mfvr", folder)
-    assert same(fit(model, "mfvr", folder, **change), fit(model, "mfvr", **change))
+    return {p: p.read_bytes() for p in folder.iterdir()}
 
 
-def test_a_damaged_state_starts_over(tmp_path, monkeypatch):
-    model, whole = moe(), fit(moe(), "mfvr")
-    for damage in (lambda f: (f / "state.safetensors").write_bytes((f / "state.safetensors").read_bytes()[:-7]),
-                   lambda f: (f / "state.json").write_text("{"), lambda f: (f / "state.json").unlink(),
-                   lambda f: (f / "state.safetensors").unlink()):
-        folder = tmp_path / "state"
-        with monkeypatch.context() as patch:
-            kill_at(patch, 8)
-            with pytest.raises(Killed):
-                fit(model, "mfvr", folder)
-        damage(folder)
-        assert same(fit(model, "mfvr", folder), whole)
+@pytest.mark.parametrize("change", [{"beta": 0.5}, {"seed": 3}, {"train": [tiny_batch(6, seed=7)]}, {"patience": 3}])
+def test_another_fits_state_is_refused_and_left_alone(change, tmp_path, monkeypatch):
+    model, folder = moe(), tmp_path / "state"
+    before = halted(model, folder, monkeypatch)
+    with pytest.raises(ValueError, match="checkpoint of another fit .* remove the folder to start over"):
+        fit(model, "mfvr", folder, **change)
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+    assert same(fit(model, "mfvr", folder), fit(model, "mfvr"))
+
+
+@pytest.mark.parametrize("name, damage", [("state.safetensors", lambda data: data[:-7]), ("state.json", lambda data: b"{"),
+                                          ("state.json", None), ("state.safetensors", None), ("state.json", lambda data: b"[]")])
+def test_a_damaged_state_is_refused_and_left_alone(name, damage, tmp_path, monkeypatch):
+    """Written whole or not at all, it can only be damaged by something else, which should be known; the routers are as they were."""
+    model, folder = moe(), tmp_path / "state"
+    good = halted(model, folder, monkeypatch)[folder / name]
+    (folder / name).unlink() if damage is None else (folder / name).write_bytes(damage(good))
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    with attach_routers(model, "mfvr", num_samples=3, init_std=0.1) as routers:
+        state = {k: v.clone() for k, v in routers.families.state_dict().items()}
+        with pytest.raises(ValueError, match="no whole checkpoint"):
+            fit_routers(routers, [tiny_batch(6, seed=s) for s in range(3)], [tiny_batch(6, seed=9)], epochs=4, lr=0.03,
+                        progress=False, checkpoint=folder)
+        assert routers.fitted is None and all(torch.equal(v, state[k]) for k, v in routers.families.state_dict().items())
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+    (folder / name).write_bytes(good)
+    assert same(fit(model, "mfvr", folder), fit(model, "mfvr"))
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):

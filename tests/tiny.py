@@ -87,7 +87,7 @@ def autograd_jacobians(model, batch):
 def captured_jacobians(model, batch):
     """``J [B, C, L, E, P]`` and the logits ``[B, C]`` from the capture."""
     from bmoe_utils.capture import capturing
-    from bmoe_utils.fitting import routes_of
+    from bmoe_utils.columns import routes_of
     from bmoe_utils.jacobians import item_jacobians
     from bmoe_utils.laplace import ExpertLaplace
 
