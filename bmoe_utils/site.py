@@ -27,10 +27,10 @@ th:first-child, td:first-child {{ text-align: left; }} .wide {{ overflow-x: auto
 
 
 def results(figures: Path) -> dict:
-    """Chapter number -> name -> content of every JSON and CSV file in ``figures`` (a CSV as a list of rows, all text)."""
+    """Chapter number -> file name without it -> content of every JSON and CSV file in ``figures`` (a CSV as a list of rows, all text)."""
     found: dict[str, dict] = {}
     for path in sorted([*figures.glob("[0-9][0-9]_*.json"), *figures.glob("[0-9][0-9]_*.csv")]):
-        chapter, _, name = path.stem.partition("_")
+        chapter, _, name = path.name.partition("_")
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
         else:
@@ -67,8 +67,9 @@ def _chapter(chapter, folder: Path, shown: Path, content: dict) -> str:
             parts.append(f'<figure><a href="figures/{picture.name}"><img src="figures/{picture.name}" alt="{html.escape(name)}" loading="lazy"></a>'
                          f"<figcaption>{html.escape(name)}{beside}</figcaption></figure>")
         parts.append("</div>")
-    for name, rows in content.items():
-        if (shown / f"{chapter.number}_{name}.csv").exists():
+    for file, rows in content.items():
+        name, _, kind = file.rpartition(".")
+        if kind == "csv":
             files = [f"{chapter.number}_{name}{suffix}" for suffix in (".csv", ".tex")]
             offered = ", ".join(link(f"figures/{file}", file) for file in files if (shown / file).exists())
             body = table(rows) if len(rows) <= 60 else ""            # longer ones are data, to be read by programs

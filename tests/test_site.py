@@ -42,8 +42,8 @@ def test_results_hold_every_number_and_its_provenance(ran):
     content = json.loads((ran / "results.json").read_text())
     assert content["run"]["profile"] == "smoke" and content["run"]["chapters"][0]["status"] == "ok"
     (one,) = content["chapters"].values()
-    assert one["results"] == {"a_line": {"slope": 0.333333}, "table": [{"method": "A & B", "NLL ↓": "1.2 ± .1"}],
-                              "numbers": {"provenance": {"profile": "smoke"}, "seeds": [0]}}
+    assert one["results"] == {"a_line.json": {"slope": 0.333333}, "table.csv": [{"method": "A & B", "NLL ↓": "1.2 ± .1"}],
+                              "numbers.json": {"provenance": {"profile": "smoke"}, "seeds": [0]}}
 
 
 def test_the_committed_figures_are_copied_not_moved(project, ran):
