@@ -79,7 +79,7 @@ def busiest(counts: torch.Tensor, share: float) -> torch.Tensor:
     """Which experts ``[L, E]`` are the busiest ``share`` of their layer (at least one), by routed tokens ``counts [L, E]``."""
     number = max(1, round(share * counts.shape[1]))
     chosen = torch.zeros_like(counts, dtype=torch.bool)
-    return chosen.scatter_(1, counts.argsort(1, descending=True, stable=True)[:, :number], True)
+    return chosen.scatter_(1, counts.argsort(dim=1, descending=True, stable=True)[:, :number], True)
 
 
 def confined_predictions(study: Study, seed: int, share: float, *, most_used: bool = True, split: str = "test") -> Predictions:
