@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from . import information
-from .capture import capturing
 from .comparison_plots import PARTS, question_panel
-from .joint import JointPosterior
+from .joint import SAMPLES, JointPosterior
 from .models import option_logits
 from .plots import NOTE, legend_outside
 from .tasks import Split
@@ -51,7 +50,7 @@ class Explorer:
     """
 
     def __init__(self, joint: JointPosterior, loader: Callable, splits: Mapping[str, Split], *, tokenizer=None,
-                 factors: Sequence[float] = FACTORS, routings: int | None = None, num_samples: int = 256):
+                 factors: Sequence[float] = FACTORS, routings: int | None = None, num_samples: int = SAMPLES):
         if list(factors) != sorted(factors) or 1.0 not in factors:
             raise ValueError(f"factors must ascend and hold 1, got {list(factors)}")
         if not splits or not all(len(items) for items in splits.values()):
@@ -99,22 +98,14 @@ class Explorer:
         return next(iter(self.loader(Split([item], readout))))
 
     def _table(self, item: Mapping) -> tuple[Tensor, Tensor, Tensor]:
-        """Means ``[S, C]``, covariances ``[S, Q, C, C]`` at every factor, and the MAP model's logits ``[C]``, of one question."""
+        """Means ``[S, 1, C]``, covariances ``[Q, S, 1, C, C]`` at every factor, and the MAP model's logits ``[C]``, of one question."""
         key = repr((item["question"], item.get("passage"), item["choices"]))
         if key not in self._tables:
-            la, batch = self.joint.laplace, self._batch(item)
-            precision = torch.tensor(self.factors, dtype=torch.float64)[:, None, None] * la.prior_precision_by_expert()  # [Q, L, E]
-
-            def read() -> tuple[Tensor, Tensor]:
-                with capturing(la.model):
-                    mean, captured = la.captured(batch)
-                cov = torch.stack([part.sum(1).to(mean.device) for part in la._covariances(captured, precision, 1)]).sum(0)[:, 0]  # [Q, C, C]
-                return mean[0].cpu(), ((cov + cov.mT) / 2).cpu()
-
-            means, covs = zip(*self.joint._passes(read), strict=True)
+            batch = self._batch(item)
+            means, covs = (x.cpu() for x in self.joint.predictive_logits(batch, self.factors))
             while len(self._tables) >= KEPT:
                 del self._tables[next(iter(self._tables))]
-            self._tables[key] = torch.stack(means), torch.stack(covs), self._map_logits(batch)
+            self._tables[key] = means, covs, self._map_logits(batch)
         return self._tables[key]
 
     def _map_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -139,10 +130,8 @@ class Explorer:
         if not 1 <= routings <= self.routings:
             raise ValueError(f"routings={routings} must lie between 1 and {self.routings}")
         means, covs, plain = self._table(item)
-        points = information.normal_points(self.num_samples, means.shape[1], self.joint.laplace.options["seed"])
-        at = self.factors.index(factor)
-        probs, parts = information.decompose([information.given_routing(information.sampled_answers(mean[None], cov[at][None], points))
-                                              for mean, cov in zip(means[:routings], covs)])
+        points = information.normal_points(self.num_samples, means.shape[-1], self.joint.laplace.options["seed"])
+        probs, parts = information.averaged_answer(means[:routings], covs[self.factors.index(factor), :routings], points)
         named = {"total": parts.total, "aleatoric": parts.aleatoric, "expert": parts.expert, "routing": parts.routing}
         return Answer(probs[0].numpy(), plain.double().softmax(-1).numpy(), {k: float(v) for k, v in named.items()})
 

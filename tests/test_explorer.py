@@ -53,9 +53,10 @@ def test_answers_are_the_joint_posteriors_at_that_setting(tool, factor, routings
         expected, parts = joint(batch), joint.decompose(batch)
     finally:
         la.prior_precision, joint.routers.num_samples = 2.0, S
-    assert said.probs == pytest.approx(expected[0].numpy(), abs=1e-12)
+    # 1e-7: the square root of a covariance has that of its rounding, in directions without variance
+    assert said.probs == pytest.approx(expected[0].numpy(), abs=1e-7)
     for name in ("total", "aleatoric", "expert", "routing"):
-        assert said.parts[name] == pytest.approx(float(getattr(parts, name)[0]), abs=1e-12)
+        assert said.parts[name] == pytest.approx(float(getattr(parts, name)[0]), abs=1e-7)
     assert said.parts["total"] == pytest.approx(sum(said.parts[n] for n in ("aleatoric", "expert", "routing")), abs=1e-12)
 
 
@@ -73,7 +74,7 @@ def test_the_map_models_answer_is_without_routers_and_all_is_left_as_it_was(tool
 
 def test_sliders_need_no_model(tool, monkeypatch):
     tool.answer(QUESTIONS[0])
-    monkeypatch.setattr(tool.joint, "_passes", lambda read: pytest.fail("a slider ran the model"))
+    monkeypatch.setattr(tool.joint, "predictive_logits", lambda *_: pytest.fail("a slider ran the model"))
     tool.answer(QUESTIONS[0], explorer.FACTORS[2], 2)
 
 
