@@ -92,3 +92,9 @@ def decompose(routings: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor
     mean, routing = mixture(means)
     parts = Decomposition(entropy(mean), average(entropies), average(informations), routing)
     return mean, parts
+
+
+def averaged_answer(means: Tensor, covs: Tensor, points: Tensor) -> tuple[Tensor, Decomposition]:
+    """:func:`decompose` of Gaussian logits under every routing, ``means [S, B, C]`` and ``covs [S, B, C, C]``; on the CPU."""
+    routings = (given_routing(sampled_answers(mean, cov, points)) for mean, cov in zip(means, covs, strict=True))
+    return decompose([tuple(x.cpu() for x in routing) for routing in routings])

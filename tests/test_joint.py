@@ -279,6 +279,17 @@ def test_lower_precisions_run(dtype):
     torch.testing.assert_close(parts.aleatoric + parts.expert + parts.routing, parts.total, rtol=0, atol=1e-12)
 
 
+def test_scaled_priors_share_their_passes():
+    joint, batch = joined("laplace"), tiny_batch()
+    means, covs = joint.predictive_logits(batch, (0.25, 1.0, 16.0))
+    mine = joint.laplace.prior_precision
+    for cov, scale in zip(covs, (0.25, 1.0, 16.0), strict=True):
+        joint.laplace.prior_precision = scale * mine
+        mean, alone = joint.predictive_logits(batch)
+        assert torch.equal(means, mean)
+        torch.testing.assert_close(cov, alone, rtol=1e-12, atol=1e-15)
+
+
 # ---- tuning ----------------------------------------------------------------------------------------------------------
 def test_validation_nll_is_that_of_the_predictive_at_every_point_of_the_grid():
     joint, loader = joined("laplace", stirred=False), [tiny_batch(seed=1), tiny_batch(items=3, options=3, seed=2)]
