@@ -5,6 +5,7 @@ on the way. Stages and what they rest on:
 
     base model  ->  MAP model (a seed, an epoch count, a training-set size)  ->  predictions
                                      -> expert Laplace (options) -> prior precision -> predictions
+                                     -> baselines (name, options) -> predictions
                                      -> MAP routers -> Bayesian routers (method, options) -> predictions, stability
                                      -> both posteriors -> validation grid -> predictions
 """
@@ -26,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from . import models, train
+from . import comparison, models, train
 from .artefacts import Store, atomic_write, fingerprint
 from .evaluate import Predictions, predict
 from .exact import joint_predictive, prior_predictive
@@ -47,6 +48,9 @@ TRAINING = (*DATA, "models", "checkpoints", "deepseek", "offload", "train")
 POSTERIOR = (*TRAINING, "capture", "unfused", "curvature", "sums", "sketch", "jacobians", "fitting", "laplace", "laplace_files", "prior")
 ROUTING = (*TRAINING, "capture", "unfused", "curvature", "routing", "router_families", "router_rules", "routers", "router_training")
 BOTH = (*dict.fromkeys(POSTERIOR + ROUTING), "information", "joint")
+
+BASELINES = (*TRAINING, "capture", "unfused", "curvature", "jacobians", "sums", "sketch", "prior", "routing", "baselines", "last_layer",
+             "lora_laplace", "lora_posteriors", "comparison")
 
 
 class Study:
@@ -297,6 +301,15 @@ class Study:
             return lambda batch: la(batch, link_approx=link_approx, num_samples=self.mc_samples)
 
         return self.predictions("laplace", split, config | which, predictor, modules=POSTERIOR)
+
+    # ---- baselines --------------------------------------------------------------------------------------------------
+    def baseline_predictions(self, seed: int, name: str, split: str = "test", *, items: int | None = None, size: int | None = None,
+                             **options) -> Predictions:
+        """Predictions of a baseline (:data:`comparison.NAMES`) on a split (its first ``items``), fitted as the seed's MAP model is, on
+        its fine-tuning set of ``size`` items. ``options``: other settings than those of :func:`comparison.settings`."""
+        run = comparison.Run(self, seed, name, comparison.settings(self, name, options), size, BASELINES)
+        return self.predictions("baseline", split, run.key | {"options": run.options}, run.predictor, items=items,
+                                batch_size=self.router_batch, modules=BASELINES)
 
     # ---- against the exact posterior --------------------------------------------------------------------------------
     def covariances(self, seed: int, precision: float, structure: str = "kron", **options) -> torch.Tensor:
