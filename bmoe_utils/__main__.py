@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import argparse, json, sys
+from pathlib import Path
 
-from bmoe_utils import runner
+from bmoe_utils import engine, matrix, runner, sweep
 
 EXAMPLES = """examples:
   python -m bmoe_utils reproduce --profile cpu                    every chapter, as committed
@@ -11,8 +12,24 @@ EXAMPLES = """examples:
   python -m bmoe_utils reproduce --profile cpu --task FOLDER      your own questions: train and test, parquet or jsonl
   python -m bmoe_utils reproduce --profile gpu --task openbookqa --model PATH_OR_HUB_ID
   python -m bmoe_utils reproduce --profile smoke -p epochs=3      another value for one setting of the profile
+  python -m bmoe_utils reproduce --profile paper --dry-run        the papers' whole matrix, with its estimated cost
+  python -m bmoe_utils sweep --help                               many runs at once, over GPUs and machines
   python -m bmoe_utils profiles                                   every profile's settings
 Finished artefacts are kept in data/cache: an interrupted run resumes when the same command is given again."""
+
+
+SWEEPS = """examples:
+  python -m bmoe_utils sweep --profile cpu --only 07 --seeds 0 1 2                     a run for each seed
+  python -m bmoe_utils sweep --profile gpu --task openbookqa arc_challenge --model A B     every pair, one run a GPU
+  python -m bmoe_utils sweep --profile cpu --only 04 --vary lr=[1e-4,3e-4] epochs=[10,20]
+Given again, the same command runs what is not finished. Artefacts are shared: after a sweep over seeds,
+`reproduce` with all of them draws its tables from what is there."""
+
+
+def _jobs(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes, 1 or more")
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,11 +45,73 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="short for -p seeds=[...]")
     r.add_argument("--out", metavar="FOLDER", help="executed notebooks, HTML and figures; default: data/runs/<run>, figures of the committed run: figures")
     r.add_argument("--fresh", action="store_true", help="compute everything anew, whatever is finished")
+    r.add_argument("--dry-run", action="store_true", help="only say what would run; of the profile paper, the whole matrix with its estimated cost")
     r.add_argument("--keep-going", action="store_true", help="after a failing chapter go on with the next")
+    r.add_argument("--jobs", type=_jobs, metavar="N", help="chapters at a time; default: one a core (at most 4) for the embedded model, else one a GPU")
     r.add_argument("--html", action=argparse.BooleanOptionalAction, default=True, help="also write each executed notebook as HTML")
+    s = commands.add_parser("sweep", help="run chapters for every combination of tasks, models and settings", epilog=SWEEPS,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    s.add_argument("--profile", required=True, metavar="NAME")
+    s.add_argument("--only", nargs="+", metavar="NN", help="these chapters only, by number or file name")
+    s.add_argument("--task", nargs="+", default=[None], metavar="NAME_OR_FOLDER")
+    s.add_argument("--model", nargs="+", default=[None], metavar="NAME_OR_PATH")
+    s.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="a cell for each")
+    s.add_argument("--vary", action="extend", nargs="+", default=[], metavar="KEY=[V1,V2]", help="a cell for each value of a setting, a JSON list")
+    s.add_argument("-p", "--parameter", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="a setting's value in every cell")
+    s.add_argument("--out", default="data/runs/sweep", metavar="FOLDER", help="a folder for each cell goes here; default: %(default)s")
+    s.add_argument("--jobs", type=_jobs, metavar="N", help="cells at a time; default: one a core (at most 4) for the embedded model, else one a GPU")
+    s.add_argument("--scheduler", metavar="ADDRESS", help="of a running dask scheduler, whose workers share this folder; default: processes here")
+    s.add_argument("--html", action=argparse.BooleanOptionalAction, default=True, help="also write each executed notebook as HTML")
     commands.add_parser("list", help="the chapters and what each one tests")
     commands.add_parser("profiles", help="the profiles and their settings")
     return top
+
+
+def _reproduce(options) -> int:
+    overrides = runner.overrides_of(options.profile, options.parameter, options.seeds)
+    plan = runner.Plan.make(options.profile, options.task, options.model, overrides, options.out, options.fresh)
+    chosen = runner.select(runner.chapters(), options.only)
+    if options.dry_run:
+        return _say_plan(plan, chosen)
+    return runner.run(plan, chosen, html=options.html, keep_going=options.keep_going, jobs=options.jobs or engine.workers_for(plan.embedded))
+
+
+def _say_plan(plan: runner.Plan, chosen: list[runner.Chapter]) -> int:
+    if plan.profile == "paper" and plan.task == "world":      # the world is no set of the papers: nothing more particular was asked for
+        for line in matrix.lines(runner.settings_of("paper") | plan.overrides):
+            runner.say(line)
+        runner.say("one cell alone:  python -m bmoe_utils sweep --profile paper --only 11 --task SET --model MODEL --seeds 0 --vary 'methods=[[\"map\"]]'")
+        return 0
+    before = {row["chapter"]: row["seconds"] for row in runner.summary_of(plan).get("chapters", [])}
+    for chapter in chosen:
+        seconds = before.get(chapter.path.stem)
+        runner.say(f"{chapter.path.stem}" + (f": {seconds:.0f} s the last time" if seconds else ""))
+    runner.say(f"figures would go to {runner.short(plan.figures)}/, executed notebooks to {runner.short(plan.folder)}/")
+    return 0
+
+
+def _sweep(options) -> int:
+    vary = {}
+    for pair in options.vary:
+        key, _, text = pair.partition("=")
+        try:
+            values = json.loads(text)
+        except ValueError:
+            values = None
+        if not isinstance(values, list) or not values:
+            raise runner.UsageError(f"--vary {pair!r}: write key=[value,value], a JSON list")
+        for value in values:
+            runner.overrides_of(options.profile, [f"{key}={json.dumps(value)}"])
+        vary[key] = values
+    if options.seeds:
+        vary["seeds"] = [[seed] for seed in options.seeds]
+    overrides = runner.overrides_of(options.profile, options.parameter)
+    if both := set(vary) & set(overrides):
+        raise runner.UsageError(f"{', '.join(sorted(both))}: given by -p and varied as well")
+    folder = Path(options.out) if Path(options.out).is_absolute() else runner.project_root() / options.out
+    plans = sweep.cells(options.profile, options.task, options.model, vary, overrides, folder)
+    chosen = runner.select(runner.chapters(), options.only)
+    return sweep.run(plans, chosen, jobs=options.jobs or engine.workers_for(all(plan.embedded for plan in plans)), scheduler=options.scheduler, html=options.html)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,9 +125,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, settings in runner.profiles().items():
                 runner.say(f"{name}\n" + "\n".join(f"    {key} = {json.dumps(value, default=str)}" for key, value in settings.items()))
         else:
-            overrides = runner.overrides_of(options.profile, options.parameter, options.seeds)
-            plan = runner.Plan.make(options.profile, options.task, options.model, overrides, options.out)
-            return runner.run(plan, runner.select(runner.chapters(), options.only), fresh=options.fresh, html=options.html, keep_going=options.keep_going)
+            return {"reproduce": _reproduce, "sweep": _sweep}[options.command](options)
     except runner.UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -96,7 +96,7 @@ def model_fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def _code_version(modules) -> str:
+def code_version(modules) -> str:
     """Hash of what the named bmoe_utils modules do: comments, docstrings and layout do not count."""
     digest = hashlib.sha256()
     for module in sorted(modules, key=str):
@@ -153,7 +153,7 @@ class Store:
         """
         if not re.fullmatch(r"[A-Za-z0-9_]+", kind):
             raise ValueError(f"kind {kind!r}: letters, digits and underscores only")
-        key = {"kind": kind, "config": _canonical(config, "config"), "code": _code_version(modules), "versions": _versions()}
+        key = {"kind": kind, "config": _canonical(config, "config"), "code": code_version(modules), "versions": _versions()}
         final = self.root / f"{kind}-{fingerprint(key)[:12]}"
         run = {"": "", "0": "", "1": _PROCESS_RUN}.get(value := os.environ.get("BMOE_FRESH", ""), value)
         if not fresh and self._finished(final, run):
@@ -267,11 +267,21 @@ def _plain(value):
 
 
 def save_result(chapter: str, name: str, numbers) -> Path:
-    """Write a dict (or list) as <chapter>_<name>.json, a DataFrame as .csv, into the run's figures folder."""
+    """Write a dict (or list) as <chapter>_<name>.json, a DataFrame as .csv (and .tex), into the run's figures folder."""
     if hasattr(numbers, "to_csv"):
         plain = all(index is None for index in numbers.index.names)          # an unnamed index carries nothing
+        atomic_write(_target(chapter, name, ".tex"), latex(numbers, index=not plain))
         return atomic_write(_target(chapter, name, ".csv"), numbers.to_csv(index=not plain, float_format="%.6g", lineterminator="\n"))
     return atomic_write(_target(chapter, name, ".json"), json.dumps(_plain(numbers), indent=1, ensure_ascii=False) + "\n")
+
+
+def latex(table, *, index: bool = True) -> str:
+    """A DataFrame as a LaTeX tabular (booktabs); arrows and plus-minus signs as LaTeX has them, all else escaped."""
+    signs = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "--", "λ": r"$\lambda$", "γ": r"$\gamma$", "β": r"$\beta$"}
+    text = (table.reset_index() if index else table).to_latex(index=False, escape=True, float_format="%.4g")
+    for sign, command in signs.items():
+        text = text.replace(sign, command)
+    return text
 
 
 def save_figure(fig, chapter: str, name: str, numbers=None, *, dpi: int = 150) -> Path:

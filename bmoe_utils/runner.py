@@ -1,4 +1,4 @@
-"""Runs the chapters headless: `python -m bmoe_utils reproduce --profile cpu`.
+"""Runs the chapters headless, several at a time where there are cores: `python -m bmoe_utils reproduce --profile cpu`.
 
 Each notebook is executed by papermill with its `parameters` cell overridden; executed copies and HTML go to
 data/runs/<run>/, figures to figures/ for the committed run (profile cpu, embedded world, nothing overridden) and to
@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bmoe_utils import site
 from bmoe_utils.artefacts import PACKAGE, atomic_write, fingerprint, peak_memory_mb, project_root
+from bmoe_utils.engine import spread
 
 PARAMETERS = ("profile", "task", "model", "overrides")         # what every notebook's `parameters` cell declares
 HEARTBEAT_S = 30
+KERNEL_STARTS = 3                                      # tries, where a kernel dies before it has run anything
 
 
 class UsageError(Exception):
@@ -111,7 +114,8 @@ def _place(value: str | None, what: str) -> str | None:
     return str(path.resolve())
 
 
-def _slug(value: str) -> str:
+def slug(value: str) -> str:
+    """A name or path as part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(value).stem if Path(value).is_file() else Path(value).name).strip("_.") or "run"
 
 
@@ -124,15 +128,31 @@ class Plan:
     overrides: dict
     folder: Path
     figures: Path
+    fresh: bool = False
 
     @classmethod
-    def make(cls, profile: str, task: str | None = None, model: str | None = None, overrides: dict | None = None, out: str | Path | None = None) -> Plan:
+    def make(cls, profile: str, task: str | None = None, model: str | None = None, overrides: dict | None = None,
+             out: str | Path | None = None, fresh: bool = False) -> Plan:
         task, model, overrides = _place(task, "task") or "world", _place(model, "model"), overrides or {}
-        parts = [profile] + [_slug(task)] * (task != "world") + ([_slug(model)] if model else [])
+        parts = [profile] + [slug(task)] * (task != "world") + ([slug(model)] if model else [])
         name = "-".join(parts + (["set" + fingerprint(overrides)[:6]] if overrides else []))
         folder = Path(out).expanduser().resolve() if out else project_root() / "data" / "runs" / name
         committed = name == "cpu" and not out
-        return cls(profile, task, model, overrides, folder, project_root() / "figures" if committed else folder / "figures")
+        return cls(profile, task, model, overrides, folder, project_root() / "figures" if committed else folder / "figures", fresh)
+
+    def __post_init__(self):
+        path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.environment = dict(                      # of the kernels
+            BMOE_ROOT=str(project_root()), BMOE_FIGURES=str(self.figures), BMOE_BATCH="1", PYTHONPATH=path,   # this package, installed or not
+            BMOE_FRESH=f"{int(time.time())}-{uuid.uuid4().hex[:6]}" if self.fresh else None,
+            JUPYTER_PREFER_ENV_PATH="1",              # `python3` is this environment's kernel, not one in the home folder
+            PYDEVD_DISABLE_FILE_VALIDATION="1", TOKENIZERS_PARALLELISM=os.environ.get("TOKENIZERS_PARALLELISM", "false"))
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the model is the study's own small one."""
+        from bmoe_utils.study import MODELS
+        return (self.model or MODELS.get(self.profile)) is None
 
     def parameters(self) -> dict:
         return {name: getattr(self, name) for name in PARAMETERS}
@@ -202,8 +222,14 @@ def _execute(chapter: Chapter, executed: Path, parameters: dict, progress: _Prog
                 client.execute(stderr=stream)
 
     papermill_engines.register("bmoe", Told)
-    papermill.execute_notebook(chapter.path, executed, parameters=parameters, engine_name="bmoe", kernel_name="python3",
-                               cwd=chapter.path.parent, progress_bar=bar)
+    for left in reversed(range(KERNEL_STARTS)):
+        try:
+            papermill.execute_notebook(chapter.path, executed, parameters=parameters, engine_name="bmoe", kernel_name="python3",
+                                       cwd=chapter.path.parent, progress_bar=bar)
+            return
+        except RuntimeError as error:                 # two kernels that start together may be given the same free port
+            if not left or "before replying to kernel_info" not in str(error):
+                raise
 
 
 def _check_parameters(chapter: Chapter):
@@ -245,61 +271,114 @@ def to_html(executed: Path) -> Path:
     return atomic_write(executed.with_suffix(".html"), body)
 
 
-def run(plan: Plan, chosen: list[Chapter], *, fresh: bool = False, html: bool = True, keep_going: bool = False) -> int:
-    """Execute the chapters in order and sum up; 0 when all passed, 1 when one failed, 130 when interrupted."""
+def run_chapter(plan: Plan, chapter: Chapter, label: str, *, html: bool = True, bar: bool = False) -> dict:
+    """Execute one chapter and give its row of the summary; ``status``: ok, FAILED or interrupted."""
+    executed = plan.folder / chapter.path.name
+    for suffix in (".ipynb", ".html", ".log"):                             # or an earlier run's copy would pass for this one's
+        executed.with_suffix(suffix).unlink(missing_ok=True)
+    say(f"{label}: {chapter.title}")
+    start, wall, status, error_said = time.monotonic(), time.time(), "ok", None
+    with _environment(**plan.environment):
+        try:
+            _check_parameters(chapter)
+            with _Progress(label, 1e9 if bar else HEARTBEAT_S) as progress:
+                _execute(chapter, executed, plan.parameters(), progress, bar)
+        except KeyboardInterrupt:
+            status = "interrupted"
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)        # or it reports, at exit, the task that was cut short
+        except Exception as error:                    # whatever it is, it belongs to this chapter and is reported as such
+            status, error_said = "FAILED", _explain(chapter, executed, error)
+    log = executed.with_suffix(".log")
+    if log.exists() and (status != "FAILED" or not log.stat().st_size):
+        log.unlink()                                  # worth keeping only where it may explain a failure
+    if html and executed.exists() and status != "interrupted":
+        try:
+            to_html(executed)
+        except Exception as error:                    # a page less is no reason to lose the run
+            say(f"{label}: no HTML, {type(error).__name__}: {error}")
+    seconds = time.monotonic() - start
+    drawn = [p.name for p in sorted(plan.figures.glob(f"{chapter.number}_*.png")) if p.stat().st_mtime >= wall - 1]
+    return _row(chapter, status, seconds=round(seconds, 1), peak_memory_mb=peak_memory_mb(children=True), figures=drawn, error=error_said)
+
+
+def _row(chapter: Chapter, status: str, **known) -> dict:
+    return {"chapter": chapter.path.stem, "status": status, "seconds": None, "peak_memory_mb": None, "figures": [], "error": None} | known
+
+
+def _say_outcome(label: str, row: dict):
+    if row["error"]:
+        say(row["error"])
+    took = "" if row["seconds"] is None else f", {row['seconds']:.1f} s"
+    say(f"{label}: {row['status']}{took}" + (f", figures: {', '.join(row['figures'])}" if row["figures"] else ""))
+
+
+def _one_by_one(plan: Plan, chosen: list[Chapter], labels: list[str], *, html: bool, keep_going: bool) -> list[dict]:
+    rows = []
+    for chapter, label in zip(chosen, labels, strict=True):
+        rows.append(run_chapter(plan, chapter, label, html=html, bar=sys.stderr.isatty()))
+        _say_outcome(label, rows[-1])
+        if rows[-1]["status"] == "interrupted" or (rows[-1]["status"] != "ok" and not keep_going):
+            break
+    return rows
+
+
+def _side_by_side(plan: Plan, chosen: list[Chapter], labels: list[str], *, html: bool, keep_going: bool, jobs: int) -> list[dict]:
+    """Chapters in reading order on ``jobs`` workers; what several need is computed by the first that asks (the store's locks)."""
+    rows: dict[int, dict] = {}
+    calls = [(plan, chapter, label) for chapter, label in zip(chosen, labels, strict=True)]
+    try:
+        with spread(run_chapter, calls, jobs=jobs, html=html) as results:
+            for position, result in results:
+                if isinstance(result, Exception):     # not the chapter's own error, which is in its row: its worker's
+                    result = _row(chosen[position], "FAILED", error=f"FAILED {chosen[position].path.name}: {result}")
+                rows[position] = result
+                _say_outcome(labels[position], result)
+                if result["status"] != "ok" and not keep_going:
+                    break
+    except KeyboardInterrupt:
+        rows |= {i: _row(chapter, "interrupted") for i, chapter in enumerate(chosen) if i not in rows}
+    return [rows[i] for i in sorted(rows)]
+
+
+def run(plan: Plan, chosen: list[Chapter], *, html: bool = True, keep_going: bool = False, jobs: int = 1, name: str | None = None) -> int:
+    """Execute the chapters, ``jobs`` at a time, and sum up; 0 when all passed, 1 when one failed, 130 when interrupted.
+
+    ``name``: said before every chapter, where several runs write to one terminal.
+    """
     plan.folder.mkdir(parents=True, exist_ok=True)
     plan.figures.mkdir(parents=True, exist_ok=True)
-    path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = dict(
-        BMOE_ROOT=str(project_root()), BMOE_FIGURES=str(plan.figures), BMOE_BATCH="1", PYTHONPATH=path,    # kernels find this package, installed or not
-        BMOE_FRESH=f"{int(time.time())}-{uuid.uuid4().hex[:6]}" if fresh else None,
-        JUPYTER_PREFER_ENV_PATH="1",                  # `python3` is this environment's kernel, not one in the home folder
-        PYDEVD_DISABLE_FILE_VALIDATION="1", TOKENIZERS_PARALLELISM=os.environ.get("TOKENIZERS_PARALLELISM", "false"))
-    bar, rows, status, begin = sys.stderr.isatty(), [], 0, time.monotonic()
-    say(f"profile {plan.profile}, task {plan.task}, model {plan.model or 'of the profile'}" + (f", {plan.overrides}" if plan.overrides else ""))
-    with _environment(**environment):
-        for position, chapter in enumerate(chosen, 1):
-            label = f"[{position}/{len(chosen)}] {chapter.path.stem}"
-            executed = plan.folder / chapter.path.name
-            for suffix in (".ipynb", ".html", ".log"):                     # or an earlier run's copy would pass for this one's
-                executed.with_suffix(suffix).unlink(missing_ok=True)
-            say(f"{label}: {chapter.title}")
-            start, wall, outcome = time.monotonic(), time.time(), "ok"
-            try:
-                _check_parameters(chapter)
-                with _Progress(label, 1e9 if bar else HEARTBEAT_S) as progress:
-                    _execute(chapter, executed, plan.parameters(), progress, bar)
-            except KeyboardInterrupt:
-                outcome, status = "interrupted", 130
-                logging.getLogger("asyncio").setLevel(logging.CRITICAL)    # or it reports, at exit, the task that was cut short
-            except Exception as error:                # whatever it is, it belongs to this chapter and is reported as such
-                outcome, status = "FAILED", 1
-                say(_explain(chapter, executed, error))
-            log = executed.with_suffix(".log")
-            if log.exists() and (outcome != "FAILED" or not log.stat().st_size):
-                log.unlink()                          # worth keeping only where it may explain a failure
-            if html and executed.exists() and status != 130:
-                try:
-                    to_html(executed)
-                except Exception as error:            # a page less is no reason to lose the run
-                    say(f"{label}: no HTML, {type(error).__name__}: {error}")
-            seconds = time.monotonic() - start
-            drawn = [p.name for p in sorted(plan.figures.glob("*.png")) if p.stat().st_mtime >= wall - 1]
-            say(f"{label}: {outcome}, {seconds:.1f} s" + (f", figures: {', '.join(drawn)}" if drawn else ""))
-            rows.append({"chapter": chapter.path.stem, "seconds": round(seconds, 1), "status": outcome})
-            if status == 130 or (status and not keep_going):
-                break
-    rows += [{"chapter": c.path.stem, "seconds": None, "status": "not run"} for c in chosen[len(rows):]]
-    summary = {"profile": plan.profile, "task": plan.task, "model": plan.model, "overrides": plan.overrides, "chapters": rows,
-               "seconds": round(time.monotonic() - begin, 1), "peak_memory_mb": peak_memory_mb(children=True)}
+    begin, jobs = time.monotonic(), min(jobs, len(chosen))
+    prefix = f"{name} " if name else ""
+    labels = [f"{prefix}[{position}/{len(chosen)}] {chapter.path.stem}" for position, chapter in enumerate(chosen, 1)]
+    say(f"profile {plan.profile}, task {plan.task}, model {plan.model or 'of the profile'}" + (f", {plan.overrides}" if plan.overrides else "")
+        + (f"; {jobs} chapters at a time" if jobs > 1 else ""))
+    if jobs == 1:
+        rows = _one_by_one(plan, chosen, labels, html=html, keep_going=keep_going)
+    else:
+        rows = _side_by_side(plan, chosen, labels, html=html, keep_going=keep_going, jobs=jobs)
+    found = {row["chapter"] for row in rows}
+    rows += [_row(chapter, "not run") for chapter in chosen if chapter.path.stem not in found]
+    summary = {"profile": plan.profile, "task": plan.task, "model": plan.model, "overrides": plan.overrides, "chapters": rows, "jobs": jobs,
+               "seconds": round(time.monotonic() - begin, 1), "peak_memory_mb": max((row["peak_memory_mb"] or 0 for row in rows), default=0)}
     atomic_write(plan.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    _report(plan, summary, html)
-    if status == 130:
-        say("Interrupted. Finished artefacts are kept: the same command resumes" + (" (without --fresh, which would start over)." if fresh else "."))
-    return status
+    index = site.build(plan.folder, plan.figures, chapters(), summary) if html else None
+    _report(plan, summary, index)
+    statuses = {row["status"] for row in rows}
+    if "interrupted" in statuses:
+        say("Interrupted. Finished artefacts are kept: the same command resumes" + (" (without --fresh, which would start over)." if plan.fresh else "."))
+        return 130
+    return 0 if statuses == {"ok"} else 1
 
 
-def _report(plan: Plan, summary: dict, html: bool):
+def summary_of(plan: Plan) -> dict:
+    """The summary the plan's last run left, or nothing."""
+    try:
+        return json.loads((plan.folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _report(plan: Plan, summary: dict, index: Path | None):
     width = max(len(row["chapter"]) for row in summary["chapters"])
     say("")
     for row in summary["chapters"]:
@@ -307,4 +386,4 @@ def _report(plan: Plan, summary: dict, html: bool):
     memory = summary["peak_memory_mb"]
     say(f"  {'total':{width}}  {summary['seconds']:>8}  seconds" + (f"; peak memory of a chapter {memory / 1024:.2f} GiB" if memory else ""))
     say(f"figures and their numbers: {short(plan.figures)}/")
-    say(f"executed notebooks{' and HTML' if html else ''}: {short(plan.folder)}/")
+    say(f"executed notebooks: {short(plan.folder)}/" + (f"; all of it as pages: {short(index)}" if index else ""))

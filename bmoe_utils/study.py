@@ -100,6 +100,10 @@ class Study:
         vars(other).update({k: v for k, v in vars(self).items() if k in ("task", "data_key", "base_folder", "tokenizer", "_base_key")})
         return other
 
+    def sized(self, size: int) -> Study:
+        """The same study fine-tuned on ``size`` items; without metrics epoch by epoch, as ``map_model(seed, size=size)`` is trained."""
+        return self._changed({"train_size": size, "curves": False})
+
     # ---- data -------------------------------------------------------------------------------------------------------
     @cached_property
     def task(self) -> dict[str, Split]:
@@ -291,8 +295,8 @@ class Study:
         la.prior_precision = self.store.arrays("prior", config | which, compute, modules=POSTERIOR)["prior_precision"]
         return la
 
-    def laplace_predictions(self, seed: int, split: str = "test", *, link_approx: str = "mc", **which) -> Predictions:
-        """Predictions of :meth:`tuned_laplace` with its options."""
+    def laplace_predictions(self, seed: int, split: str = "test", *, link_approx: str = "mc", items: int | None = None, **which) -> Predictions:
+        """Predictions of :meth:`tuned_laplace` with its options on a split (its first ``items``)."""
         config = {"map": self.map_folder(seed).name, "prior_mean": self.prior_mean, "tune": "marglik", "granularity": "layer",
                   "link": link_approx, "samples": self.mc_samples}
 
@@ -300,7 +304,7 @@ class Study:
             la = self.tuned_laplace(seed, **which)
             return lambda batch: la(batch, link_approx=link_approx, num_samples=self.mc_samples)
 
-        return self.predictions("laplace", split, config | which, predictor, modules=POSTERIOR)
+        return self.predictions("laplace", split, config | which, predictor, items=items, modules=POSTERIOR)
 
     # ---- baselines --------------------------------------------------------------------------------------------------
     def baseline_predictions(self, seed: int, name: str, split: str = "test", *, items: int | None = None, size: int | None = None,
@@ -539,8 +543,7 @@ class Study:
         which = {"method": method, "num_samples": num_samples or self.router_passes, "items": items or self.router_items, "experts": experts} | options
         if size is not None and size != self.train_size:
             # without curves, as map_model(seed, size=size) trains it
-            changed = self._changed({"train_size": size, "curves": False})
-            return changed.joint_predictions(seed, split, tune=tune, link_approx=link_approx, **which)
+            return self.sized(size).joint_predictions(seed, split, tune=tune, link_approx=link_approx, **which)
         choice = self.joint_choice(seed, tune, method=method, experts=experts, **options)
         config = self._joint_config(seed, method, experts, options) | {
             "routings": which["num_samples"], "choice": list(choice), "link": link_approx, "samples": SAMPLES}

@@ -8,24 +8,10 @@ import time
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from tiny_notebooks import DRAW, PROFILES, notebook
 
 from bmoe_utils import runner
 from bmoe_utils.__main__ import main
-
-PROFILES = {"smoke": {"epochs": 1, "lr": 0.1, "seeds": [0]}, "cpu": {"epochs": 9, "lr": 0.1, "seeds": [0, 1, 2]}}
-DECLARED = 'profile = "smoke"\ntask = "world"\nmodel = None\noverrides = {}'
-DRAW = "import json, os, pathlib\n(pathlib.Path(os.environ['BMOE_FIGURES']) / '01_given.json').write_text(json.dumps(dict(profile=profile, task=task, model=model, overrides=overrides)))"
-
-
-def notebook(project, name, *cells, declared=DECLARED):
-    nb = new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
-    nb.cells = [new_markdown_cell(f"# Title of {name}\n\n**Claim.** It runs\nalone.\n\nMore."),
-                new_code_cell(declared, metadata={"tags": ["parameters"]}), *map(new_code_cell, cells)]
-    path = project / "notebooks" / f"{name}.ipynb"
-    nbformat.write(nb, path)
-    return path
-
 
 @pytest.fixture(autouse=True)
 def study(project, monkeypatch):
@@ -33,7 +19,7 @@ def study(project, monkeypatch):
 
 
 def reproduce(*options):
-    return main(["reproduce", *options])
+    return main(["reproduce", "--jobs", "1", *options])
 
 
 # ---------------------------------------------------------------- requests that name something unknown
@@ -153,7 +139,7 @@ def build(path):
     time.sleep(60 * first)
 Store().folder("model", {}, build)""")
     code = "import sys; from bmoe_utils import runner; from bmoe_utils.__main__ import main; " \
-           f"runner.profiles = lambda: {PROFILES!r}; runner.HEARTBEAT_S = 0.2; sys.exit(main(['reproduce', '--profile', 'smoke', '--no-html']))"
+           f"runner.profiles = lambda: {PROFILES!r}; runner.HEARTBEAT_S = 0.2; sys.exit(main(['reproduce', '--profile', 'smoke', '--no-html', '--jobs', '1']))"
     command = [sys.executable, "-c", code]
     # a background job inherits "ignore Ctrl-C", and Python would then never be interrupted
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -25,7 +25,7 @@ def small_world():
     patch, full = pytest.MonkeyPatch(), world.build_splits(world.load_world())
     keep = {"train": 60, "validation": 30, "test": 30, "near": 30}
     patch.setattr("bmoe_utils.tasks.build_splits", lambda *_, **__: {k: full[k][:n] for k, n in keep.items()})
-    patch.setattr(artefacts, "_code_version", functools.cache(artefacts._code_version))
+    patch.setattr(artefacts, "code_version", functools.cache(artefacts.code_version))
     yield full
     patch.undo()
 

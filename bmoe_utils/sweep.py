@@ -1,0 +1,78 @@
+"""Sweeps: the chosen chapters for every combination of tasks, models and settings, each combination a *cell*.
+
+Every cell has its own folder, runs alone, and is skipped when a sweep that was cut short is given again and neither its
+settings nor the code changed. Finished artefacts are shared by all cells, so a sweep over single seeds fills the cache from
+which one run over all of them then draws its tables.
+"""
+from __future__ import annotations
+
+import itertools, json, time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bmoe_utils import artefacts, runner
+from bmoe_utils.engine import spread
+
+
+def cells(profile: str, tasks: Sequence[str], models: Sequence[str | None], vary: dict[str, list], overrides: dict, folder: Path) -> list[runner.Plan]:
+    """One plan for every combination of tasks, models and the values of ``vary`` (setting -> values), beside common ``overrides``."""
+    plans = []
+    for task, model, *values in itertools.product(tasks, models, *vary.values()):
+        given = dict(zip(vary, values, strict=True))
+        plan = runner.Plan.make(profile, task, model)
+        name = "-".join([plan.folder.name, *(f"{key}_{runner.slug(json.dumps(value))}" for key, value in given.items())])
+        plans.append(runner.Plan.make(profile, task, model, overrides | given, out=folder / name))
+    if len({plan.folder for plan in plans}) < len(plans):
+        raise runner.UsageError("two cells of this sweep are the same: a value is given twice")
+    return plans
+
+
+def key_of(plan: runner.Plan, chosen: Sequence[runner.Chapter]) -> str:
+    """What a finished cell stands for: its parameters, its chapters and the code."""
+    code = artefacts.code_version(path.stem for path in artefacts.PACKAGE.glob("*.py"))
+    return artefacts.fingerprint({"parameters": plan.parameters(), "code": code, "chapters": {c.path.name: artefacts.fingerprint(c.path) for c in chosen}})
+
+
+def finished(plan: runner.Plan, key: str) -> bool:
+    """Whether the cell's folder holds the whole result of this key."""
+    try:
+        return json.loads((plan.folder / "cell.json").read_text())["key"] == key
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def run_cell(plan: runner.Plan, chosen: Sequence[runner.Chapter], key: str, *, html: bool = True) -> int:
+    """The chapters of one cell, one after the other; its status as :func:`runner.run` gives it."""
+    (plan.folder / "cell.json").unlink(missing_ok=True)
+    status = runner.run(plan, chosen, html=html, name=plan.folder.name)
+    if status == 0:
+        artefacts.atomic_write(plan.folder / "cell.json", json.dumps({"key": key, **plan.parameters()}, indent=1) + "\n")
+    return status
+
+
+def run(plans: Sequence[runner.Plan], chosen: Sequence[runner.Chapter], *, jobs: int, scheduler: str | None = None, html: bool = True) -> int:
+    """All cells that are not finished yet; the failures are listed at the end. 0 when none is left, 1 otherwise, 130 when interrupted."""
+    begin, keys, said = time.monotonic(), [key_of(plan, chosen) for plan in plans], {}
+    for i, (plan, key) in enumerate(zip(plans, keys, strict=True)):
+        if not plan.fresh and finished(plan, key):
+            said[i] = "finished before"
+    left = [i for i in range(len(plans)) if i not in said]
+    runner.say(f"{len(plans)} cells, {len(said)} finished before; {jobs} at a time" + (f" on {scheduler}" if scheduler else ""))
+    status = 0
+    try:
+        if left:
+            with spread(run_cell, [(plans[i], chosen, keys[i]) for i in left], jobs=min(jobs, len(left)), scheduler=scheduler, html=html) as results:
+                for position, result in results:
+                    i = left[position]
+                    said[i] = {0: "ok", 1: "FAILED"}.get(result, f"FAILED, {result}")
+                    runner.say(f"[{len(said)}/{len(plans)}] {plans[i].folder.name}: {said[i]}")
+    except KeyboardInterrupt:
+        status = 130
+    runner.say("")
+    for i, plan in enumerate(plans):
+        runner.say(f"  {plan.folder.name}: {said.get(i, 'not run')}")
+    failed = [i for i in range(len(plans)) if said.get(i) not in ("ok", "finished before")]
+    runner.say(f"  {len(plans) - len(failed)} of {len(plans)} cells are finished, {time.monotonic() - begin:.0f} seconds; results in {runner.short(plans[0].folder.parent)}/")
+    if failed:
+        runner.say("The same command runs the others again.")
+    return status or int(bool(failed))

@@ -1,0 +1,112 @@
+"""The pages and results.json of a run, and the matrix of the papers' experiments: from the run's files, nothing invented."""
+import json
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from tiny_notebooks import PROFILES, notebook
+
+from bmoe_utils import costs, matrix, runner, site
+from bmoe_utils.__main__ import main
+from bmoe_utils.artefacts import latex
+from bmoe_utils.profiles import PROFILES as REAL
+
+SAVE = """
+import matplotlib.pyplot as plt, pandas as pd
+from bmoe_utils.artefacts import save_figure, save_result
+fig, ax = plt.subplots(figsize=(1, 1)); ax.plot([0, 1])
+save_figure(fig, "01", "a_line", {"slope": 1 / 3})
+save_result("01", "table", pd.DataFrame({"NLL ↓": ["1.2 ± .1"]}, index=pd.Index(["A & B"], name="method")))
+save_result("01", "numbers", {"provenance": {"profile": profile}, "seeds": [0]})
+"""
+
+
+@pytest.fixture
+def ran(project, root, monkeypatch):
+    monkeypatch.setattr(runner, "profiles", lambda: PROFILES)
+    (project / "data").mkdir()
+    (project / "data" / "reported.json").write_text((root / "data" / "reported.json").read_text())
+    notebook(project, "01_one", SAVE)
+    assert main(["reproduce", "--profile", "smoke", "--jobs", "1"]) == 0
+    return project / "data" / "runs" / "smoke"
+
+
+def test_the_index_links_what_is_there(ran):
+    page = (ran / "index.html").read_text()
+    for target in ("01_one.html", "figures/01_a_line.png", "figures/01_a_line.json", "figures/01_table.csv", "figures/01_table.tex", "results.json"):
+        assert f'"{target}"' in page and (ran / target).is_file(), target
+    assert "<td>A &amp; B</td><td>1.2 ± .1</td>" in page and "not run" in page
+
+
+def test_results_hold_every_number_and_its_provenance(ran):
+    content = json.loads((ran / "results.json").read_text())
+    assert content["run"]["profile"] == "smoke" and content["run"]["chapters"][0]["status"] == "ok"
+    (one,) = content["chapters"].values()
+    assert one["results"] == {"a_line.json": {"slope": 0.333333}, "table.csv": [{"method": "A & B", "NLL ↓": "1.2 ± .1"}],
+                              "numbers.json": {"provenance": {"profile": "smoke"}, "seeds": [0]}}
+
+
+def test_the_committed_figures_are_copied_not_moved(project, ran):
+    elsewhere = project / "elsewhere"
+    (ran / "figures").rename(elsewhere)
+    summary = runner.summary_of(runner.Plan.make("smoke"))
+    site.build(ran, elsewhere, runner.chapters(), summary)
+    assert (ran / "figures" / "01_a_line.png").is_file() and (elsewhere / "01_a_line.png").is_file()
+
+
+def test_latex_compiles_by_eye():
+    text = latex(pd.DataFrame({"ECE ↓": ["0.1 ± .0"], "x_y": [0.5]}, index=pd.Index(["A & B"], name="method")))
+    assert r"method & ECE $\downarrow$ & x\_y" in text and r"A \& B & 0.1 $\pm$ .0 & 0.5" in text
+    plt.close("all")
+
+
+# ---------------------------------------------------------------- the matrix
+def test_dry_run_names_every_cell_and_runs_none(project, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "profiles", lambda: REAL)
+    notebook(project, "11_all")
+    assert main(["reproduce", "--profile", "paper", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "684 cells" in out and not (project / "data" / "runs").exists()
+    for name in (*matrix.MODELS, *matrix.TASKS, *REAL["paper"]["methods"]):
+        assert name in out
+
+
+def test_dry_run_of_the_rest_lists_chapters(project, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "profiles", lambda: PROFILES)
+    notebook(project, "01_one")
+    assert main(["reproduce", "--profile", "cpu", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("01_one\n") and not (project / "figures").exists()
+
+
+def test_estimates_scale_as_the_work_does():
+    settings = REAL["paper"]
+    cell = lambda method, model="Qwen/Qwen1.5-MoE-A2.7B": matrix.Cell(model, "openbookqa", method, 0)
+    rates = dict.fromkeys(matrix.MODELS, 1e-5)
+    options, tokens = matrix.TASKS["openbookqa"]
+    per_item = tokens * 1e-5
+    assert matrix.estimate(cell("laplace_kron"), settings, rates).seconds == pytest.approx(
+        per_item * (settings["train_size"] * options + settings["router_items"] * (1 + options)))
+    assert matrix.estimate(cell("ensemble"), settings, rates).seconds > matrix.estimate(cell("map"), settings, rates).seconds
+    # the floor: no faster than reading every weight once a batch, nor than the arithmetic
+    weights = 2 * costs.model_parameters(costs.SHAPES["Qwen1.5-MoE-A2.7B"])
+    floor = matrix.estimate(cell("temperature"), settings).seconds
+    items = matrix.passes("temperature", settings, options)
+    assert floor >= items * weights / matrix.BANDWIDTH / settings["router_batch"]
+    assert floor >= items * tokens * costs.model_flops(costs.SHAPES["Qwen1.5-MoE-A2.7B"], context=tokens) / matrix.PEAK_FLOPS
+    assert matrix.estimate(cell("laplace_kron"), settings).gib > weights / 2**30
+
+
+def test_reported_beside_what_was_run(project, root):
+    folder = project / "data" / "runs"
+    (project / "data").mkdir()
+    assert matrix.reported() == []
+    (project / "data" / "reported.json").write_text((root / "data" / "reported.json").read_text())
+    assert {row["reproduced"] for row in matrix.reported()} == {"not run"}
+    for seed, value in (("0", 0.02), ("1", 0.04)):
+        run = folder / f"sweep-{seed}" / "figures"
+        run.mkdir(parents=True)
+        (run / "11_numbers.json").write_text(json.dumps({"model": "Qwen/Qwen1.5-MoE-A2.7B", "task": "openbookqa", "methods": {"router_mfvr": {"ece": {seed: value}}}}))
+    (folder / "old" / "figures").mkdir(parents=True)
+    (folder / "old" / "figures" / "11_numbers.json").write_text("[]")
+    said = {row["reproduced"] for row in matrix.reported() if (row["model"], row["method"]) == ("Qwen/Qwen1.5-MoE-A2.7B", "router_mfvr")}
+    assert said == {"0.030 (2 seeds)"}

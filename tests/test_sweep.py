@@ -1,0 +1,169 @@
+"""Chapters side by side and sweeps, on tiny notebooks: order, what is shared, failures, dying workers, what is resumed."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_notebooks import DRAW, PROFILES, notebook
+
+from bmoe_utils import engine, runner, sweep
+from bmoe_utils.__main__ import main
+
+BEGUN = "import os, pathlib, time\nplace = pathlib.Path(os.environ['BMOE_ROOT'])\n"
+# a chapter that ends only when the other has begun as well
+MEET = BEGUN + """
+(place / "begun-{me}").touch()
+limit = time.monotonic() + 60
+while not (place / "begun-{other}").exists():
+    assert time.monotonic() < limit, "the other never began"
+    time.sleep(0.05)
+"""
+
+
+@pytest.fixture(autouse=True)
+def study(project, monkeypatch):
+    monkeypatch.setattr(runner, "profiles", lambda: PROFILES)
+
+
+def reproduce(*options):
+    return main(["reproduce", "--profile", "smoke", "--no-html", *options])
+
+
+def rows(project, folder="data/runs/smoke"):
+    return {row["chapter"]: row["status"] for row in json.loads((project / folder / "summary.json").read_text())["chapters"]}
+
+
+def test_two_chapters_run_at_once(project, capsys):
+    notebook(project, "01_one", MEET.format(me=1, other=2))
+    notebook(project, "02_two", MEET.format(me=2, other=1))
+    assert reproduce("--jobs", "2") == 0
+    assert rows(project) == {"01_one": "ok", "02_two": "ok"} and "2 chapters at a time" in capsys.readouterr().out
+
+
+def test_a_failure_stops_what_has_not_begun(project, capsys):
+    notebook(project, "01_one", MEET.format(me=1, other=2), "raise ValueError('no posterior here')")
+    notebook(project, "02_two", MEET.format(me=2, other=1), "time.sleep(60)")
+    notebook(project, "03_three", DRAW)
+    assert reproduce("--jobs", "2") == 1
+    out = capsys.readouterr().out
+    assert "FAILED 01_one.ipynb, cell 4" in out and "ValueError: no posterior here" in out
+    assert rows(project) == {"01_one": "FAILED", "02_two": "not run", "03_three": "not run"}
+
+
+def test_keep_going_survives_a_dead_kernel(project, capsys):
+    notebook(project, "01_one", "import os\nos._exit(1)")
+    notebook(project, "02_two", DRAW)
+    assert reproduce("--jobs", "2", "--keep-going") == 1
+    assert rows(project) == {"01_one": "FAILED", "02_two": "ok"} and "Dead" in capsys.readouterr().out
+
+
+def test_a_kernel_that_never_began_is_started_again(project, monkeypatch):
+    import papermill
+    notebook(project, "01_one", DRAW)
+    calls, execute = [], papermill.execute_notebook
+
+    def unlucky(*args, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+        return execute(*args, **options)
+    monkeypatch.setattr(papermill, "execute_notebook", unlucky)
+    assert reproduce("--jobs", "1") == 0 and len(calls) == 2
+
+
+def _die():
+    os._exit(1)
+
+
+def test_a_dead_worker_is_told_and_not_tried_again():
+    with engine.spread(_die, [()], jobs=1) as results:
+        ((index, result),) = results
+    assert index == 0 and isinstance(result, Exception)
+
+
+def test_interrupt_ends_the_kernels_too(project, root):
+    notebook(project, "01_one", MEET.format(me=1, other=2), "(place / 'kernel').write_text(str(os.getpid()))\ntime.sleep(120)")
+    notebook(project, "02_two", MEET.format(me=2, other=1), "time.sleep(120)")
+    code = "import sys; from bmoe_utils import runner; from bmoe_utils.__main__ import main; " \
+           f"runner.profiles = lambda: {PROFILES!r}\nif __name__ == '__main__': sys.exit(main(['reproduce', '--profile', 'smoke', '--no-html', '--jobs', '2']))"
+    (project / "run.py").write_text(code)
+    process = subprocess.Popen([sys.executable, str(project / "run.py")], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True, env=os.environ | {"PYTHONPATH": str(root)},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    limit = time.monotonic() + 90
+    while not (project / "kernel").exists() and time.monotonic() < limit:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)             # as a terminal's Ctrl-C does: to everyone in the foreground
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "same command resumes" in out, out
+    kernel = int((project / "kernel").read_text())
+    limit = time.monotonic() + 20
+    while alive(kernel) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not alive(kernel)
+
+
+def alive(pid: int) -> bool:
+    """Running; a process that has ended and that nobody has waited for does not count."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# ---------------------------------------------------------------- sweeps
+COUNT = BEGUN + "with open(place / 'ran', 'a') as log:\n    log.write(f\"{overrides['seeds'][0]} \")\n"
+
+
+def test_a_sweep_runs_every_cell_once_and_resumes(project, capsys):
+    notebook(project, "01_one", COUNT, "assert overrides['seeds'] != [1] or (place / 'mended').exists(), 'not yet'")
+    again = ["sweep", "--profile", "smoke", "--seeds", "0", "1", "--vary", "epochs=[1,2]", "--no-html", "--jobs", "2"]
+    assert main(again) == 1
+    out = capsys.readouterr().out
+    assert "smoke-epochs_1-seeds_0: ok" in out and "smoke-epochs_2-seeds_1: FAILED" in out and "2 of 4 cells are finished" in out
+    (project / "mended").touch()
+    assert main(again) == 0
+    assert sorted((project / "ran").read_text().split()) == ["0", "0", "1", "1", "1", "1"]      # the finished ones were not run again
+    given = json.loads((project / "data/runs/sweep/smoke-epochs_2-seeds_1/cell.json").read_text())
+    assert given["overrides"] == {"epochs": 2, "seeds": [1]}
+
+
+def test_a_changed_chapter_is_run_again(project):
+    notebook(project, "01_one", COUNT)
+    command = ["sweep", "--profile", "smoke", "--seeds", "7", "--no-html"]
+    assert main(command) == 0 == main(command) and (project / "ran").read_text() == "7 "
+    notebook(project, "01_one", COUNT, "1 + 1")
+    assert main(command) == 0 and (project / "ran").read_text() == "7 7 "
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--vary", "epochs"], "write key=[value,value]"), (["--vary", "epoch=[1]"], "unknown parameter 'epoch'"),
+    (["--vary", "epochs=[1,1]"], "a value is given twice"), (["--vary", "epochs=[1]", "-p", "epochs=2"], "varied as well"),
+])
+def test_what_a_sweep_cannot_mean(project, capsys, options, says):
+    notebook(project, "01_one")
+    assert main(["sweep", "--profile", "smoke", *options]) == 2
+    assert says in capsys.readouterr().err and not (project / "data").exists()
+
+
+def test_workers_for_what_is_there(monkeypatch):
+    monkeypatch.setattr(engine, "cores", lambda: 64)
+    assert engine.workers_for(True) == 4
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    assert engine.workers_for(False) == 3 and engine.gpus() == ["2", "5", "7"]
+
+
+def test_local_workers_share_the_gpus_out(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    with engine.spread(_card, [(0.5,)] * 2, jobs=2) as results:
+        assert sorted(card for _, card in results) == ["2", "5"]
+
+
+def _card(seconds: float) -> str:
+    time.sleep(seconds)
+    return os.environ["CUDA_VISIBLE_DEVICES"]
