@@ -7,6 +7,7 @@ from importlib import import_module
 
 _WHERE = {
     "ExpertLaplace": "laplace",
+    "JointPosterior": "joint",
     "Predictions": "evaluate",
     "Study": "study",
     "attach_routers": "routers",

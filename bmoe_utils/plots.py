@@ -33,6 +33,8 @@ METHODS = {
     # output-space and model-averaging baselines: golds
     "temperature": Style("Temperature scaling", "#e69f00", "o"),
     "ensemble": Style("Deep ensemble", "#a87800", "s"),
+    "checkpoint_ensemble": Style("Checkpoint ensemble", "#c98f00", "X"),
+    "expert_dropout": Style("Expert dropout", "#d9b02e", "v"),
     "mc_dropout": Style("MC dropout", "#f2cf5b", "D"),
     "swag": Style("SWAG", "#6e5a00", "^"),
     # Laplace on the experts: blues

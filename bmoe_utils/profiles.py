@@ -32,7 +32,7 @@ CPU = {
     "router_items": 500, "noise_items": 300, "router_batch": 250,
     # chapter 11: the rows of its table, each in the regimes where it applies
     "methods": ["map", "temperature", "ensemble", "checkpoint_ensemble", "mc_dropout", "expert_dropout", "swag", "last_layer_laplace",
-                "laplace_lora", "blob", "tfb", "laplace_kron", "router_temperature", "router_vtsr_kl", "router_mfvr", "router_fcvr",
+                "laplace_lora", "blob", "tfb", "laplace_kron", "router_temperature", "router_random", "router_vtsr_kl", "router_mfvr", "router_fcvr",
                 "router_mfvr_wide", "router_laplace", "joint"],
     "gammas": [0.001, 0.002, 0.005, 0.007, 0.01, 0.02, 0.05, 0.1],
 }  # fmt: skip
