@@ -78,7 +78,7 @@ class Estimate:
 
 
 def estimate(cell: Cell, settings: Mapping, rates: Mapping[str, float] | None = None) -> Estimate:
-    """Seconds and GiB of one cell. ``rates``: model -> seconds an item's forward pass was measured to take (:func:`measured_rates`);
+    """Seconds and GiB of one cell. ``rates``: model -> seconds that a token's pass was measured to take (:func:`measured_rates`);
     without one, the larger of what the arithmetic and what reading every weight once a batch take on an H200 by its data sheet."""
     shape = Shape.of(MODELS[cell.model])
     options, tokens = TASKS[cell.task]
@@ -94,13 +94,17 @@ def estimate(cell: Cell, settings: Mapping, rates: Mapping[str, float] | None = 
 
 
 def measured_rates(path: Path | None = None) -> dict[str, float]:
-    """Model -> seconds a token's share of a forward pass took in the GPU benchmark, where it was run (data/bench/gpu_shapes.json)."""
+    """Model -> seconds that a token's pass took in the GPU benchmark's floor, where that was run (data/bench/gpu_shapes.json)."""
     try:
         content = json.loads((path or project_root() / "data" / "bench" / "gpu_shapes.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    by_shape = {name: model for model, name in MODELS.items()}
-    return {by_shape[row["model"]]: row["forward_seconds_per_token"] for row in content.get("results", []) if row.get("model") in by_shape}
+    rates = {}
+    for model, name in MODELS.items():
+        if row := content.get("models", {}).get(name):
+            token_passes = row["fit_flops_floor_seconds"] * row["flops_per_second"] / model_flops(name)
+            rates[model] = row["fit_floor_seconds"] / token_passes
+    return rates
 
 
 def lines(settings: Mapping) -> Iterator[str]:
@@ -109,7 +113,7 @@ def lines(settings: Mapping) -> Iterator[str]:
     plan = [cell for cell in cells(settings) if cell.seed == seeds[0]]
     yield (f"{len(plan) * len(seeds)} cells: {len(MODELS)} models x {len(TASKS)} sets x {len(settings['methods'])} methods x {len(seeds)} seeds; "
            "each is one run of chapter " + CHAPTER)
-    yield ("times by the rates measured in data/bench/gpu_shapes.json" if rates else
+    yield (f"times by the rates measured in data/bench/gpu_shapes.json for {', '.join(rates)}; else an H200's data sheet" if rates else
            "no rate of a GPU has been measured (tests/benchmarks/gpu_shapes.py): times are the least that an H200's data sheet allows, "
            "a run takes several times that")
     total = 0.0

@@ -97,6 +97,15 @@ def test_estimates_scale_as_the_work_does():
     assert matrix.estimate(cell("laplace_kron"), settings).gib > weights / 2**30
 
 
+def test_a_measured_rate_is_that_of_a_token_and_pass(tmp_path):
+    name = "Qwen1.5-MoE-A2.7B"
+    tokens, passes, peak = 1000, 4, 5e14
+    row = {"fit_floor_seconds": 2.0, "fit_flops_floor_seconds": tokens * passes * costs.model_flops(name) / peak, "flops_per_second": peak}
+    (tmp_path / "gpu.json").write_text(json.dumps({"models": {name: row}}))
+    assert matrix.measured_rates(tmp_path / "gpu.json") == {"Qwen/Qwen1.5-MoE-A2.7B": pytest.approx(2.0 / (tokens * passes))}
+    assert matrix.measured_rates(tmp_path / "none.json") == {}
+
+
 def test_reported_beside_what_was_run(project, root):
     folder = project / "data" / "runs"
     (project / "data").mkdir()
