@@ -87,8 +87,10 @@ class LoraLaplace(GaussianLogits):
             grads = [torch.autograd.grad(f, outputs, v_k.to(f.dtype), retain_graph=k + 1 < len(v), materialize_grads=True)
                      for k, v_k in enumerate(v)]
         fine = torch.promote_types(f.dtype, torch.float32)
-        layers = [(seen[name][0][mask.to(outputs[i].device)].to(fine), torch.stack([g[i][mask.to(outputs[i].device)] for g in grads]).to(fine))
-                  for i, name in enumerate(self.matrices)]
+        layers = []
+        for i, name in enumerate(self.matrices):
+            real = mask.to(outputs[i].device)
+            layers.append((seen[name][0][real].to(fine), torch.stack([g[i][real] for g in grads]).to(fine)))
         item = mask.nonzero()[:, 0]
         return f.detach(), layers, Routes(item, torch.tensor([len(item)], device=item.device), len(mask))
 

@@ -75,7 +75,8 @@ def fit_blob(model: nn.Module, loader: Iterable[Mapping[str, Tensor]], *, epochs
     ``reweight``) 1 / M. ``kl_weight=1`` is the ELBO. One AdamW for all three, with fine-tuning's schedule; ``loader`` re-iterable.
     """
     if not (prior_std > 0 and init > 0 and kl_weight >= 0 and epochs >= 1):
-        raise ValueError(f"BLoB needs prior_std, init > 0, kl_weight >= 0 and an epoch at least, not {prior_std}, {init}, {kl_weight}, {epochs}")
+        raise ValueError("BLoB needs prior_std > 0, init > 0, kl_weight >= 0 and epochs >= 1, not "
+                         f"{prior_std}, {init}, {kl_weight}, {epochs}")
     matrices, weights = _named_A(model), adapted_weights(model)
     with weights_set(model, {k: v.detach() for k, v in weights.items()}), training_only(model, weights.values()), torch.random.fork_rng():
         set_seed(seed)
@@ -131,7 +132,8 @@ def tfb_states(model: nn.Module, sigma: float, directions: Iterable[Mapping[str,
     return [{k: A[k] + sigma * v for k, v in one.items()} for one in directions]
 
 
-def largest_within(change: Callable[[float], float], tolerance: float, *, start: float = 0.01, steps: int = 8, widest: float = 1e4) -> float:
+def largest_within(change: Callable[[float], float], tolerance: float, *, start: float = 0.01, steps: int = 8,
+                   widest: float = 1e4) -> float:
     """The largest x whose ``change(x)`` is within ``tolerance``, for a change that grows with x: doubled or halved from ``start`` until
     bracketed, then ``steps`` bisections, in the logarithm. What is returned has been tried and is within; it lies below the largest
     by a factor ``2^(2^-steps)`` at most. ``ValueError`` where even ``start / widest`` is too much."""

@@ -85,7 +85,8 @@ def test_factors_are_sums_over_the_real_tokens_of_all_batches():
     for posterior, a, g in zip(la.posteriors, A, G, strict=True):
         dense = torch.einsum("ij,kl->ikjl", g, a).reshape(g.numel() // len(g) * len(a), -1) / n
         U = torch.einsum("ij,kl->ikjl", posterior.basis_g[0], posterior.basis_a[0]).reshape(len(dense), -1)
-        torch.testing.assert_close(U @ torch.diag(posterior.eigenvalues[0].flatten()) @ U.mT, dense, rtol=1e-5, atol=1e-6 * dense.abs().max().item())
+        ours = U @ torch.diag(posterior.eigenvalues[0].flatten()) @ U.mT
+        torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-6 * dense.abs().max().item())
 
 
 def test_the_wide_side_is_held_in_a_few_eigenvectors_and_curvature_is_not_invented(monkeypatch):
