@@ -76,6 +76,9 @@ METHODS = {
     "router_random": Style("Experts at random", "#8c8c8c", "X"),
     # experts and routers together
     "joint": Style("Experts + router", "#4a0033", "d"),
+    "joint_routers": Style("Both (router prior by val.)", "#8a3a70", "^"),
+    "joint_tuned": Style("Both (tuned together)", "#6b1f55", "X"),
+    "joint_probit": Style("Both (tuned, probit)", "#a8619a", "<"),
 }
 
 ACCENT, COUNTS, NOTE = "#d55e00", "#b8b8b8", "#404040"  # gaps and layer optima; count strips; reference lines
