@@ -101,17 +101,14 @@ def risk_coverage(curves, ax, *, least=0.05, title=None, legend=True):
     return legend_outside(ax) if legend else ax
 
 
-def costs(cost, values, ax, *, reference=None, legend=True):
-    """What a rule that abstains at a known cost pays, `values`: method -> `[S, P]` over seeds and the `cost [P]` of abstaining.
-
-    `reference` [P] is drawn dashed: answering everything or nothing, whichever is cheaper.
-    """
-    for method, paid in values.items():
-        paid = to_numpy(paid).astype(float)
-        curve(cost, paid.mean(0), paid.std(0, ddof=1) if len(paid) > 1 else None, ax, method=method, legend=False)
-    if reference is not None:
-        ax.plot(cost, reference, color=NOTE, linestyle="--", linewidth=1.2, label="MAP, all or nothing")
-    ax.set(xlabel="Cost of abstaining (an error costs 1)", ylabel="Mean cost per question")
+def savings(cost, values, ax, *, title=None, legend=True):
+    """What acting on the probabilities saves, `values`: method -> `[S, P]` over seeds and the `cost [P]` of abstaining; above zero it
+    pays to listen to them. Band: one standard deviation over seeds."""
+    for method, saved in values.items():
+        saved = to_numpy(saved).astype(float)
+        curve(cost, saved.mean(0), saved.std(0, ddof=1) if len(saved) > 1 else None, ax, method=method, legend=False)
+    ax.axhline(0, color=NOTE, linestyle="--", linewidth=1.2)
+    ax.set(xlabel="Cost of abstaining (an error costs 1)", ylabel="Saved per question", title=title or "")
     return legend_outside(ax) if legend else ax
 
 

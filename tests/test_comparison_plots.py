@@ -57,10 +57,10 @@ def test_risk_coverage_averages_seeds_and_drops_the_first_handful(ax):
     assert [t.get_text() for t in ax.get_legend().get_texts()] == [plots.style("map").label, plots.style("joint").label]
 
 
-def test_costs_and_data_efficiency_draw_mean_and_spread(ax):
+def test_savings_and_data_efficiency_draw_mean_and_spread(ax):
     values = {"map": [[0.2, 0.4], [0.4, 0.4]], "joint": [[0.1, 0.2]]}
-    comparison_plots.costs([0.1, 0.5], values, ax, reference=[0.1, 0.3])
-    assert [line.get_ydata().tolist() for line in ax.lines] == [pytest.approx([0.3, 0.4]), pytest.approx([0.1, 0.2]), [0.1, 0.3]]
+    comparison_plots.savings([0.1, 0.5], values, ax)
+    assert [line.get_ydata() for line in ax.lines] == [pytest.approx([0.3, 0.4]), pytest.approx([0.1, 0.2]), [0, 0]]
     assert len(ax.collections) == 1  # one seed has no band
     ax.clear()
     comparison_plots.data_efficiency([125, 1000], values, ax, ylabel="ECE")
