@@ -199,7 +199,7 @@ class Explorer:
                 note.value = f"<b>{_escaped(error)}</b>"
                 return
             said, buffer = self.answer(item, c["factor"].value, c["routings"].value), io.BytesIO()
-            fig.savefig(buffer, format="png", dpi=80, bbox_inches="tight")
+            fig.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
             plt.close(fig)
             picture.value = buffer.getvalue()
             top = int(said.probs.argmax())
