@@ -11,7 +11,8 @@ from matplotlib.ticker import MaxNLocator
 from .plots import NOTE, curve, legend_outside, method_dots, style, to_numpy
 
 # The parts of an item's uncertainty: what no model could know, what the experts' and what the routers' weights leave open.
-PARTS = {"aleatoric": ("Aleatoric", "#bdbdbd"), "expert": ("Experts", style("laplace_kron").colour), "routing": ("Routing", style("router_mfvr").colour)}
+PARTS = {"aleatoric": ("Aleatoric", "#bdbdbd"), "expert": ("Experts", style("laplace_kron").colour),
+         "routing": ("Routing", style("router_mfvr").colour)}
 OTHER = 0.05  # a band below this share of the panel's width is too narrow for its number
 
 
@@ -42,7 +43,8 @@ def differences(table, ax, *, xlabel, legend=True):
     for row, entry in enumerate(table.itertuples()):
         look = style(entry.method)
         ax.errorbar(entry.difference, row, xerr=[[entry.difference - entry.low], [entry.high - entry.difference]], color=look.colour,
-                    marker=look.marker, markersize=9, capsize=4, markeredgewidth=2, markerfacecolor=look.colour if entry.verdict else "white")  # fmt: skip
+                    marker=look.marker, markersize=9, capsize=4, markeredgewidth=2,
+                    markerfacecolor=look.colour if entry.verdict else "white")  # fmt: skip
         ax.annotate(entry.better, (1.02, row), xycoords=("axes fraction", "data"), va="center", color=NOTE)
     ax.axvline(0, color=NOTE, linestyle="--", linewidth=1.2)
     ax.set_yticks(range(len(table)), [style(m).label for m in table["method"]])

@@ -84,7 +84,8 @@ def abstention_table(validation: Mapping[str, Sequence[Predictions]], tests: Map
                 number, errors = weights @ answered.sum(0), weights @ wrong.sum(0)  # [1 + n]
                 with np.errstate(invalid="ignore"):
                     values = {"error": errors / np.where(number > 0, number, np.nan), "coverage": number / answered.size}
-                row = {"method": method, "target": target, "split": split, "threshold": np.mean(thresholds) if np.isfinite(thresholds).all() else np.nan}
+                held = np.mean(thresholds) if np.isfinite(thresholds).all() else np.nan
+                row = {"method": method, "target": target, "split": split, "threshold": held}
                 for name, drawn in values.items():
                     some = drawn[1:][np.isfinite(drawn[1:])]
                     low, high = np.quantile(some, [(1 - level) / 2, (1 + level) / 2]) if len(some) else (np.nan, np.nan)

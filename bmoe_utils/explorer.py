@@ -199,14 +199,14 @@ class Explorer:
                 note.value = f"<b>{_escaped(error)}</b>"
                 return
             said, buffer = self.answer(item, c["factor"].value, c["routings"].value), io.BytesIO()
-            fig.savefig(buffer, format="png", dpi=80, bbox_inches="tight")
+            fig.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
             plt.close(fig)
             picture.value = buffer.getvalue()
             top = int(said.probs.argmax())
             epistemic = (said.parts["expert"] + said.parts["routing"]) / max(said.parts["total"], 1e-12)
             unknown = self.unknown_words(own)
-            note.value = _escaped(f"{item['choices'][top]}: {said.probs[top]:.1%} (MAP {said.map_probs[top]:.1%}); of {said.parts['total']:.2f} nats of "
-                                  f"uncertainty {epistemic:.0%} are the model's own"
+            note.value = _escaped(f"{item['choices'][top]}: {said.probs[top]:.1%} (MAP {said.map_probs[top]:.1%}); of "
+                                  f"{said.parts['total']:.2f} nats of uncertainty {epistemic:.0%} are the model's own"
                                   + f". Words unknown to the model: {', '.join(unknown)}" * bool(unknown))
 
         def limit(change) -> None:
@@ -220,14 +220,8 @@ class Explorer:
         return box
 
     def show(self, split: str | None = None, index: int = 0):
-        """The widgets in JupyterLab; in a batch run (``BMOE_BATCH``), where nobody moves them, nothing. Returns the box or None."""
-        if os.environ.get("BMOE_BATCH", "0") not in ("", "0"):
-            return None
-        from IPython.display import display
-
-        box = self.widget(split, index)
-        display(box)
-        return box
+        """:meth:`widget`, for the end of a cell, which displays it; in a batch run (``BMOE_BATCH``), where nobody moves it, None."""
+        return self.widget(split, index) if os.environ.get("BMOE_BATCH", "0") in ("", "0") else None
 
 
 def _escaped(text) -> str:
