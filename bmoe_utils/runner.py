@@ -322,13 +322,21 @@ def _one_by_one(plan: Plan, chosen: list[Chapter], labels: list[str], *, html: b
     return rows
 
 
+def apart(chapters: int, workers: int) -> list[int]:
+    """An order to begin chapters in: neighbours rest on the same artefacts and would wait for one another, so every worker has a
+    stretch of the book of its own, as far as that goes."""
+    stretch = -(-chapters // workers)
+    return [start + i for i in range(stretch) for start in range(0, chapters, stretch) if start + i < min(start + stretch, chapters)]
+
+
 def _side_by_side(plan: Plan, chosen: list[Chapter], labels: list[str], *, html: bool, keep_going: bool, jobs: int) -> list[dict]:
-    """Chapters in reading order on ``jobs`` workers; what several need is computed by the first that asks (the store's locks)."""
+    """Chapters on ``jobs`` workers; what several need is computed by the first that asks (the store's locks)."""
     rows: dict[int, dict] = {}
-    calls = [(plan, chapter, label) for chapter, label in zip(chosen, labels, strict=True)]
+    order = apart(len(chosen), jobs)
     try:
-        with spread(run_chapter, calls, jobs=jobs, html=html) as results:
-            for position, result in results:
+        with spread(run_chapter, [(plan, chosen[i], labels[i]) for i in order], jobs=jobs, html=html) as results:
+            for begun, result in results:
+                position = order[begun]
                 if isinstance(result, Exception):     # not the chapter's own error, which is in its row: its worker's
                     result = _row(chosen[position], "FAILED", error=f"FAILED {chosen[position].path.name}: {result}")
                 rows[position] = result

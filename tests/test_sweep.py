@@ -43,10 +43,14 @@ def test_two_chapters_run_at_once(project, capsys):
     assert rows(project) == {"01_one": "ok", "02_two": "ok"} and "2 chapters at a time" in capsys.readouterr().out
 
 
+def test_workers_begin_apart():
+    assert runner.apart(5, 2) == [0, 3, 1, 4, 2] and runner.apart(3, 1) == [0, 1, 2] and runner.apart(7, 3) == [0, 3, 6, 1, 4, 2, 5]
+
+
 def test_a_failure_stops_what_has_not_begun(project, capsys):
-    notebook(project, "01_one", MEET.format(me=1, other=2), "raise ValueError('no posterior here')")
-    notebook(project, "02_two", MEET.format(me=2, other=1), "time.sleep(60)")
-    notebook(project, "03_three", DRAW)
+    notebook(project, "01_one", MEET.format(me=1, other=3), "raise ValueError('no posterior here')")
+    notebook(project, "02_two", DRAW)
+    notebook(project, "03_three", MEET.format(me=3, other=1), "time.sleep(60)")
     assert reproduce("--jobs", "2") == 1
     out = capsys.readouterr().out
     assert "FAILED 01_one.ipynb, cell 4" in out and "ValueError: no posterior here" in out
