@@ -89,44 +89,54 @@ def restart(sketch: Sketch) -> None:
     sketch.progress[1] = float("inf")
 
 
-# Operations by what they do; the rest is its own group by name.
+# Operations by what they do; what is in none of these is "other".
 GROUPS = {
     "products": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "matmul", "_grouped_mm", "linear", "einsum"),
-    "eigenvectors": ("_linalg_eigh", "linalg_eigh", "linalg_cholesky_ex", "linalg_solve_triangular"),
     "gather, copy, allocate": ("index", "index_select", "copy_", "cat", "clone", "contiguous", "zero_", "fill_", "empty", "empty_like",
                                "zeros", "new_zeros", "index_copy_", "index_copy", "_to_copy", "stack", "index_put_", "_index_put_impl_",
-                               "empty_strided", "slice", "nonzero", "resize_"),
-    "norms and sums": ("sum", "linalg_vecdot", "mul", "cumsum", "add_", "add", "any", "all", "gt", "sub", "div", "square"),
+                               "empty_strided", "nonzero", "resize_", "constant_pad_nd"),
+    "norms and sums": ("sum", "linalg_vecdot", "mul", "cumsum", "add_", "add", "any", "all", "gt", "sub", "div", "square", "clamp"),
     "sorting slots": ("sort", "argsort", "bincount", "_unique2", "unique_consecutive", "repeat_interleave"),
+    "views": ("as_strided", "view", "reshape", "select", "transpose", "expand", "t", "permute", "unsqueeze", "narrow", "slice", "split",
+              "detach", "alias", "to", "unbind", "squeeze", "_unsafe_view"),
 }
 
 
-def operations(run) -> tuple[dict[str, float], float]:
-    """Milliseconds of ``run`` by group of operations (their own, without what they call), and all of them together."""
+def operations(run) -> dict[str, list[float]]:
+    """Milliseconds of every operation of ``run``, its own without what it calls: name -> one a call, in order."""
     with silent(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
-    out = {}
-    for event in profile.key_averages():
-        name = event.key.removeprefix("aten::")
-        backward = "autograd" in name or name.endswith(("Backward0", "Backward1"))
-        group = "autograd's own" if backward else next((g for g, names in GROUPS.items() if name in names), "other")
-        out[group] = out.get(group, 0.0) + event.self_cpu_time_total / 1e3
-    return out, sum(out.values())
+    out: dict[str, list[float]] = {}
+    for event in sorted(profile.events(), key=lambda e: e.time_range.start):
+        out.setdefault(event.name.removeprefix("aten::"), []).append(event.self_cpu_time_total / 1e3)
+    return out
 
 
-def profiles(rows: dict, batch: dict, times: int = 2) -> dict:
-    """What each variant spends beyond its floor, by group of operations, in shares of the floor; of the least of several profiles,
-    floor and variant in turn. The profiler's own time, about the same per operation, weighs on many small ones."""
-    least: dict[str, dict] = {}
+def by_group(calls: dict[str, list[float]]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for name, times in calls.items():
+        group = next((g for g, names in GROUPS.items() if name in names), "other")
+        group = "autograd's own" if "autograd::" in name or "Backward" in name else group
+        out[group] = out.get(group, 0.0) + sum(times)
+    return out
+
+
+def profiles(rows: dict, batch: dict, times: int = 3) -> dict:
+    """What each variant spends beyond its floor, by group of operations, in shares of the floor. The profiler's clock is the wall's,
+    so of every single call the least of several runs counts, floor and variant in turn: what other processes took falls out. Its own
+    time, about the same a call, weighs on many small ones."""
+    least: dict[str, dict[str, list[float]]] = {}
     for _ in range(times):
-        for name in {n: 0 for variant, (against, _) in rows.items() if against for n in (against, variant)}:
-            groups, _ = operations(lambda: rows[name][1](batch))
-            before = least.setdefault(name, groups)
-            least[name] = {g: min(groups.get(g, 0.0), before.get(g, 0.0)) for g in groups | before}
+        for name, (_, run) in rows.items():
+            calls = operations(lambda: run(batch))
+            before = least.setdefault(name, calls)
+            for op, values in calls.items():
+                if len(before.get(op, ())) == len(values):
+                    before[op] = [min(pair) for pair in zip(before[op], values)]
     out = {}
     for name, (against, _) in rows.items():
         if against:
-            base, mine = least[against], least[name]
+            base, mine = by_group(least[against]), by_group(least[name])
             excess = {g: (mine.get(g, 0.0) - base.get(g, 0.0)) / sum(base.values()) for g in base | mine}
             out[name] = dict(sorted(excess.items(), key=lambda pair: -abs(pair[1])))
     return out

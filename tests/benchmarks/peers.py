@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import statistics
+import traceback
 import warnings
 from collections.abc import Callable
 
@@ -199,7 +200,8 @@ def outcome(run: Callable[[], object]) -> dict:
     except SystemExit:
         return {"error": "SystemExit: it ends the Python process"}
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:120].rstrip(": ")}
+        said = str(error).splitlines()[0] if str(error) else traceback.extract_tb(error.__traceback__)[-1].line
+        return {"error": f"{type(error).__name__}: {said}"[:100]}
 
 
 def factors(la) -> list:
@@ -248,7 +250,7 @@ def facts(absent: dict) -> dict:
             "this study": lambda: own_trace(fresh(), [padded(many, 12)]) / own_trace(fresh(), [many])},
         "trace of the curvature, in units of the exact GGN's": {
             "this study": lambda: own_trace(fresh(), [many]) / own_trace(fresh(), [many], "diag")},
-        "routed tokens in the factor A, as a share of its trace": {"this study": lambda: 1.0},
+        "share of A's trace that enters the factor": {"this study": lambda: 1.0},
     }
     fused, flat, absentees, empty, padding, scale, tokens = tries.values()
     if "laplace-torch" not in absent:
