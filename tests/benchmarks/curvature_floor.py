@@ -121,7 +121,7 @@ def by_group(calls: dict[str, list[float]]) -> dict[str, float]:
     return out
 
 
-def profiles(rows: dict, batch: dict, times: int = 3) -> dict:
+def profiles(rows: dict, batch: dict, times: int = 2) -> dict:
     """What each variant spends beyond its floor, by group of operations, in shares of the floor. The profiler's clock is the wall's,
     so of every single call the least of several runs counts, floor and variant in turn: what other processes took falls out. Its own
     time, about the same a call, weighs on many small ones."""
