@@ -8,6 +8,7 @@ ARGS        ?=
 
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 
 # The kernel called python3 is this environment's, whatever kernels the home folder holds.
 export JUPYTER_PREFER_ENV_PATH := 1
@@ -21,7 +22,7 @@ help:
 	@echo "make reproduce   create $(VENV), install, run every notebook headless, write figures/   (PROFILE=$(PROFILE))"
 	@echo "make test        create $(VENV) if absent, install, run the tests and the notebooks (pytest + nbval)"
 	@echo "make smoke       every notebook with the smallest settings, in a few minutes"
-	@echo "make bench       measure what routers and curvature cost beside the model's own passes"
+	@echo "make bench       measure what curvature and routers cost beside the model's own passes, write data/bench/ (ten minutes)"
 	@echo "make lab         open the notebooks in JupyterLab"
 	@echo "make install     only create $(VENV) and install"
 	@echo "make clean       remove finished artefacts, executed copies and caches; figures/ stays (distclean: $(VENV) too)"
@@ -50,6 +51,12 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	  echo "  repeat with CONSTRAINTS= to install within the ranges of pyproject.toml; figures may then differ in the last digits." >&2;) exit 1; }
 	@touch $(STAMP)
 
+# The libraries that tests and benchmarks compare with are optional: where they cannot be installed, those tests skip and say why. Without
+# their dependencies, which are listed too, since these would bring a torchvision that does not fit torch.
+$(PEERS): tests/benchmarks/peers.txt $(STAMP)
+	@$(PY) -m pip install -qq --retries 1 --timeout 10 --no-deps -r $< >/dev/null 2>&1 && touch $@ || \
+	  echo "note: $< could not be installed; what compares with these libraries is left out (by hand: $(PY) -m pip install --no-deps -r $<)"
+
 reproduce: $(STAMP)
 	@echo "== running the notebooks, profile $(PROFILE)"
 	@$(PY) -m bmoe_utils reproduce --profile $(PROFILE) $(ARGS)
@@ -58,13 +65,16 @@ smoke:
 	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
 
 # Neither tests nor notebooks may need the network: the hub is switched off.
-test: $(STAMP)
+test: $(STAMP) $(PEERS)
 	@echo "== running the tests and the notebooks with their smoke values"
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
 
-bench: $(STAMP)
-	@$(PY) tests/benchmarks/router_latency.py
-	@$(PY) tests/benchmarks/curvature_floor.py
+# One thread each, one after another: the figures are ratios within a run. gpu_shapes.py needs a large GPU and is run by hand.
+BENCHMARKS := curvature_floor curvature_scaling accuracy_and_time peers router_latency
+
+bench: $(STAMP) $(PEERS)
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(PY) tests/benchmarks/$$name.py || exit 1; done
+	@$(PY) tests/benchmarks/targets.py
 
 lab: $(STAMP)
 	@echo "== JupyterLab on notebooks/; a chapter runs with its smoke values unless its parameters cell is changed"

@@ -1,23 +1,18 @@
 """How the curvature's own cost grows, beside the passes through the model: time and memory of one layer against tokens, experts,
 rank and width, with log-log slopes; and the low-rank sketch against an incremental SVD in time and in the trace that it misses.
 
-    python tests/benchmarks/curvature_scaling.py [--device cuda] [--repeats 5] [--out scaling.json]
+    python tests/benchmarks/curvature_scaling.py [--device cuda] [--repeats 3] [--out scaling.json]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import sys
-from pathlib import Path
+import statistics
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+from common import add_out, timed, write
 
 import torch
-from curvature_floor import timed
 from torch import Tensor
 
 from bmoe_utils.jacobians import Routes
@@ -61,10 +56,10 @@ def costs(size: dict, device: str, repeats: int) -> dict:
         if rank is not None:
             for sketch in (sums.A, sums.G):
                 sketch.progress[1] = math.inf  # restarts come with the data seen, not with a batch
-        row[f"fit, {name}, s"] = min(timed(device, lambda: add(sums, a, columns, routes)) for _ in range(repeats))
+        row[f"fit, {name}, s"] = statistics.median(timed(device, lambda: add(sums, a, columns, routes)) for _ in range(repeats))
         row[f"fit, {name}, bytes"] = sum(t.numel() * t.element_size() for t in sums.state().values())
         posterior, precision = sums.finish(), torch.ones(size["experts"])
-        row[f"predict, {name}, s"] = min(
+        row[f"predict, {name}, s"] = statistics.median(
             timed(device, lambda: posterior.covariance(a, columns, routes, precision)) for _ in range(repeats))
         row[f"posterior, {name}, bytes"] = sum(t.numel() * t.element_size() for t in posterior.tensors().values())
     return row
@@ -107,12 +102,12 @@ def against_svd(device: str, batches: int = 20, rows: int = 200, width: int = 51
     return out
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
-    args = parser.parse_args()
+    parser.add_argument("--repeats", type=int, default=3)
+    add_out(parser, "curvature_scaling")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     result = {"base": BASE, "axes": {}, "slopes": {}}
     for axis, values in AXES.items():
@@ -126,8 +121,8 @@ def main() -> None:
     result["against an incremental SVD"] = against_svd(args.device)
     for name, row in result["against an incremental SVD"].items():
         print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1))
+    write(args.out, "curvature_scaling", result, device=args.device, argv=argv)
+    return result
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How much slower Bayesian routers make a model: measured on a random one, and counted for the papers' models.
 
-    python tests/benchmarks/router_latency.py [--widths 512 768] [--repetitions 5] [--device cuda --dtype bfloat16] [--out FILE]
+    python tests/benchmarks/router_latency.py [--widths 512 768] [--repetitions 3] [--device cuda --dtype bfloat16] [--out FILE]
 
 Every repetition times the plain model and then the same model with routers attached, way after way, so that a slow minute of
 the machine hits both. Two figures for each:
@@ -10,16 +10,16 @@ the machine hits both. Two figures for each:
               denominator are of the same moment, so it is the steadier one where others use the machine (CPU only;
               the plain router's time is not charged, cache effects on the rest of the model are not seen)
 
-One thread by default; its CPU time is measured then, which leaves out waiting for a core. About two minutes.
+One thread by default; its CPU time is measured then, which leaves out waiting for a core. About a minute.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from pathlib import Path
+
+from common import add_out, write
 
 import torch
 
@@ -27,7 +27,6 @@ from bmoe_utils import costs
 from bmoe_utils.models import build_model, option_logits, tiny_config
 from bmoe_utils.routers import Routers, attach_routers
 
-ROOT = Path(__file__).resolve().parents[2]
 S = "S"  # stands for --samples
 # label, method, samples (None: sample-free), options
 WAYS = (
@@ -176,13 +175,13 @@ def show(report: dict) -> str:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--widths", type=int, nargs="+", default=[512, 768])
-    parser.add_argument("--repetitions", type=int, default=5, help="at the first width; half as many, rounded up, at the others")
+    parser.add_argument("--widths", type=int, nargs="+", default=[768])
+    parser.add_argument("--repetitions", type=int, default=3, help="at the first width; half as many, rounded up, at others")
     parser.add_argument("--samples", type=int, default=35)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "runs" / "benchmarks" / "router_latency.json")
+    add_out(parser, "router_latency")
     for name, default in [("batch", 16), ("length", 48), ("layers", 4), ("experts", 16), ("top-k", 4), ("heads", 8)]:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--expert-width", type=int, default=None, help="11/16 of the width, a multiple of 8, unless given")
@@ -190,15 +189,14 @@ def main(argv: list[str] | None = None) -> dict:
     torch.set_num_threads(o.threads)
     clock = Clock(o.device, o.threads)
     trunks = {model: {m: costs.trunk_under(0.01, m, model) for m in ("mfvr", "fcvr", "vtsr")} for model in costs.SHAPES}
-    report = {"device": o.device, "dtype": o.dtype, "threads": o.threads, "torch": torch.__version__, "batch": [o.batch, o.length],
+    report = {"device": o.device, "dtype": o.dtype, "threads": o.threads, "batch": [o.batch, o.length],
               "samples": o.samples, "latency": [], "cost": costs.cost_table(), "trunks_under_1%": trunks}
     for i, width in enumerate(o.widths):
         report["latency"] += measure(
             width, o.repetitions if i == 0 else -(-o.repetitions // 2), o.samples, batch=(o.batch, o.length), clock=clock,
             device=o.device, dtype=getattr(torch, o.dtype), layers=o.layers, experts=o.experts, top_k=o.top_k, heads=o.heads,
             expert_width=o.expert_width or max(8, 11 * width // 128 * 8))
-    o.out.parent.mkdir(parents=True, exist_ok=True)
-    o.out.write_text(json.dumps(report, indent=1))
+    write(o.out, "router_latency", report, device=o.device, argv=argv)
     print(show(report))
     return report
 
