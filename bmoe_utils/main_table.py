@@ -26,7 +26,8 @@ ROUTERS = {
     "router_laplace": ("laplace", {}),
 }
 WIDTHS = (1.0, 3.0, 10.0)  # prior standard deviations of the logits, for validation to choose from
-KNOWN = ("map", "temperature", *BASELINES, "laplace_kron", *ROUTERS, "joint")
+JOINT = {"joint": "independent", "joint_tuned": "joint"}  # how the two priors were tuned
+KNOWN = ("map", "temperature", *BASELINES, "laplace_kron", *ROUTERS, *JOINT)
 
 
 def rows_of(study: Study) -> list[str]:
@@ -57,8 +58,8 @@ def answers(study: Study, seed: int, method: str, split: str = "test", *, size: 
             return study.temperature_predictions(seed, split)[0].head(n)
         case "laplace_kron":
             return study.laplace_predictions(seed, split, items=n)
-        case "joint":
-            return study.joint_predictions(seed, split)
+        case method if method in JOINT:
+            return study.joint_predictions(seed, split, tune=JOINT[method])
         case method if method in BASELINES:
             return study.baseline_predictions(seed, method, split, items=n)
         case method if method in ROUTERS:

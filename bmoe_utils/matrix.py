@@ -63,8 +63,9 @@ def passes(method: str, settings: Mapping, options: int) -> float:
             return train + test
         case "laplace_kron" | "laplace_lora":
             return laplace + test * (1 + options)
-        case "joint":
-            return laplace + train * options + s["router_passes"] * test * (1 + options)
+        case "joint" | "joint_tuned":
+            grid = s["validation_passes"] * val * (1 + options) * len(s["router_precisions"]) * (method == "joint_tuned")
+            return laplace + train * options + grid + s["router_passes"] * test * (1 + options)
         case "router_laplace":
             return train * options + s["router_passes"] * test
         case _:
@@ -87,7 +88,7 @@ def estimate(cell: Cell, settings: Mapping, rates: Mapping[str, float] | None = 
         seconds = rates[cell.model] * tokens
     else:
         seconds = max(tokens * model_flops(shape, context=tokens) / PEAK_FLOPS, weights / BANDWIDTH / settings["router_batch"])
-    posterior = 4 * shape.moe_layers * shape.experts * 64 * (shape.width + shape.expert_width) if cell.method in ("laplace_kron", "joint") else 0
+    posterior = 4 * shape.moe_layers * shape.experts * 64 * (shape.width + shape.expert_width) if cell.method in ("laplace_kron", "joint", "joint_tuned") else 0
     # inputs, outputs and gradients of the experts' slots and the residual stream of one batch, in bfloat16 and float32
     batch = settings["router_batch"] * tokens * shape.layers * (8 * shape.width + shape.top_k * 3 * (shape.width + shape.expert_width)) * 3
     return Estimate(passes(cell.method, settings, options) * seconds, (weights + posterior + batch) / 2**30)

@@ -33,7 +33,7 @@ CPU = {
     # chapter 11: the rows of its table, each in the regimes where it applies
     "methods": ["map", "temperature", "ensemble", "checkpoint_ensemble", "mc_dropout", "expert_dropout", "swag", "last_layer_laplace",
                 "laplace_lora", "blob", "tfb", "laplace_kron", "router_temperature", "router_random", "router_vtsr_kl", "router_mfvr", "router_fcvr",
-                "router_mfvr_wide", "router_laplace", "joint"],
+                "router_mfvr_wide", "router_laplace", "joint", "joint_tuned"],
     "gammas": [0.001, 0.002, 0.005, 0.007, 0.01, 0.02, 0.05, 0.1],
 }  # fmt: skip
 # What both share. The routers' loop is that of arXiv 2509.23830 and 2603.09453: LoRA on the attention, then the routers alone.
