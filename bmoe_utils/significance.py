@@ -117,7 +117,8 @@ def pooled_difference(draws: np.ndarray, n_items: int, *, seeds: str = "random",
         parts.append((by_seed.var(ddof=1) / S, S - 1))
 
     def half(log_alpha: float) -> float:
-        return float(np.sqrt(sum(variance * stdtrit(df, np.exp(log_alpha) / 2) ** 2 for variance, df in parts)))
+        with np.errstate(over="ignore"):  # infinite is what it is
+            return float(np.sqrt(sum(variance * stdtrit(df, np.exp(log_alpha) / 2) ** 2 for variance, df in parts)))
 
     width, smallest = half(np.log(1 - level)), -600.0  # e^-600: beyond it quantiles of two degrees of freedom overflow
     if half(smallest) < abs(value):
