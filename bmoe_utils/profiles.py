@@ -18,6 +18,9 @@ CPU = {
     # chapter 1: metrics after every epoch or at the end alone; the training-set sizes of its curve. Chapter 2: against the dense posterior, fitted on so many items and
     # compared on so many
     "curves": True, "sizes": [125, 250, 500, 1000], "exact_fit": 500, "exact_items": 200,
+    # chapter 13: questions that its models are trained on, so that a dense posterior over all weights can be fitted on the same, and
+    # questions on which it is looked at
+    "dense_fit": 200, "dense_items": 120,
     # chapters 2 to 4: what the prior is centred on, "pretrained" or "zero"
     "prior_mean": "zero", "mc_samples": 1000,
     # chapters 5 to 8: the MAP regimes compared (settings each replaces); whose routers the prior is centred on, "current",
@@ -43,6 +46,7 @@ PROFILES = {
     "smoke": CPU | {
         "seeds": [0, 1], "width": 32, "layers": 2, "experts": 4, "expert_width": 32, "pretrain_lines": 20_000,
         "pretrain_steps": 150, "train_size": 100, "epochs": 12, "lr": 2e-3, "test_size": 200, "sizes": [50, 100], "exact_items": 40,
+        "dense_fit": 60, "dense_items": 30,
         "mc_samples": 200, "router_epochs": 2, "router_lr": 5e-3, "router_passes": 3, "validation_passes": 2, "members": 2,
         "router_validation": 40, "router_items": 100, "noise_items": 40, "gammas": [0.01, 0.05],
         "regimes": {"full": {}, "lora": {"method": "lora", "lr": 1e-2, "router_mean": "tuned", "curves": False}},
