@@ -1,7 +1,7 @@
 """Processes, GPUs and machines to spread runs over, by dask.distributed: local by default, or a running scheduler's."""
 from __future__ import annotations
 
-import logging, os
+import logging, os, uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -39,11 +39,13 @@ def spread(function: Callable, calls: Sequence[tuple], *, jobs: int, scheduler: 
              "distributed.comm.timeouts.connect": "60s"}
     with dask.config.set(quiet):
         cluster = scheduler or LocalCluster(n_workers=jobs, threads_per_worker=1, processes=True, memory_limit=None,
-                                            dashboard_address=None, silence_logs=logging.CRITICAL)
+                                            dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL)
         client = Client(cluster)
         try:
             cards = [] if scheduler else gpus()
-            futures = [client.submit(_on_worker, function, call, options, cards, pure=False, priority=-i) for i, call in enumerate(calls)]
+            # all at once, named in order: one by one, the first few would be dealt out to workers before the rest is known
+            named = [f"{function.__name__}-{uuid.uuid4().hex[:8]}-{i:05d}" for i in range(len(calls))]
+            futures = client.map(_on_worker, *zip(*((function, call, options, cards) for call in calls), strict=True), key=named, pure=False)
             index = {future.key: i for i, future in enumerate(futures)}
             yield ((index[future.key], future.exception() or future.result()) for future in as_completed(futures))
         finally:

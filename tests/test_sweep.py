@@ -78,6 +78,12 @@ def test_a_kernel_that_never_began_is_started_again(project, monkeypatch):
     assert reproduce("--jobs", "1") == 0 and len(calls) == 2
 
 
+def test_calls_begin_in_order_and_none_waits_at_a_busy_worker():
+    calls = [(15.0,), *[(0.2,)] * 6]                  # one long call: the other worker takes all the rest meanwhile
+    with engine.spread(time.sleep, calls, jobs=2) as results:
+        assert [index for index, _ in results] == [1, 2, 3, 4, 5, 6, 0]
+
+
 def _die():
     os._exit(1)
 
