@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from .capture import IMPLEMENTATION, bare, expert_layers, unwrap
+from .curvature import sample_answers
+from .information import entropy
 from .models import option_logits
 from .progress import track
 from .routing import SwagMoments, swag_sample
@@ -38,7 +40,6 @@ class Averaged:
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         draws = self.draws(batch)
         mean = draws.mean(0)
-        entropy = lambda p: torch.special.entr(p).sum(-1)  # noqa: E731
         self._information = (entropy(mean) - entropy(draws).mean(0)).clamp(min=0)  # below zero is rounding
         return mean
 
@@ -57,12 +58,18 @@ class GaussianLogits(Averaged):
         raise NotImplementedError
 
     def draws(self, batch):
-        mean, cov = self.predictive_logits(batch)
-        values, vectors = torch.linalg.eigh(cov.double())
-        root = vectors * values.clamp(min=0).sqrt()[:, None, :]  # cov is PSD up to rounding, and may be singular
-        generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(self.num_samples, *mean.shape, dtype=torch.float64, generator=generator).to(mean.device)
-        return (mean.double() + torch.einsum("bij,sbj->sbi", root, noise)).softmax(-1)
+        return sample_answers(*self.predictive_logits(batch), self.num_samples, torch.Generator().manual_seed(self.seed))
+
+
+@contextmanager
+def forward_hooks(modules: Mapping[str, nn.Module], hook: Callable[[str], Callable]) -> Iterator[None]:
+    """While active, every module has the forward hook that ``hook(name)`` gives."""
+    handles = [m.register_forward_hook(hook(name)) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # ---- the model's state ----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from .plots import NOTE, curve, legend_outside, method_dots, style, to_numpy
+from .plots import NOTE, curve, legend_outside, method_dots, named_rows, style, to_numpy
 
 # The parts of an item's uncertainty: what no model could know, what the experts' and what the routers' weights leave open.
 PARTS = {"aleatoric": ("Aleatoric", "#bdbdbd"), "expert": ("Experts", style("laplace_kron").colour),
@@ -47,12 +47,8 @@ def differences(table, ax, *, xlabel, legend=True):
                     markerfacecolor=look.colour if entry.verdict else "white")  # fmt: skip
         ax.annotate(entry.better, (1.02, row), xycoords=("axes fraction", "data"), va="center", color=NOTE)
     ax.axvline(0, color=NOTE, linestyle="--", linewidth=1.2)
-    ax.set_yticks(range(len(table)), [style(m).label for m in table["method"]])
-    ax.set(ylim=(len(table) - 0.4, -0.6), xlabel=xlabel)
+    named_rows(ax, [style(m).label for m in table["method"]], xlabel=xlabel, room=0.6)
     ax.xaxis.set_major_locator(MaxNLocator(5))
-    ax.tick_params(axis="y", length=0)
-    ax.grid(True, axis="both")
-    sns.despine(ax=ax, left=True)
     if legend:
         handles = [Line2D([], [], color=NOTE, marker="o", linestyle="", markersize=9, markeredgewidth=2, markerfacecolor=face, label=label)
                    for face, label in ((NOTE, "Decided after Holm's correction"), ("white", "Open"))]

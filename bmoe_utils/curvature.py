@@ -171,12 +171,17 @@ def log_det_ratio(eigenvalues: Tensor, precision: Tensor) -> Tensor:
     return torch.log1p(eigenvalues.double() / precision[..., None]).sum(-1)
 
 
-def sample_probabilities(mean: Tensor, cov: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
-    """``E[softmax f]``, ``f ~ N(mean, cov)``, by sampling. ``mean [B, C]`` (-inf: no such option), ``cov [B, C, C]``."""
+def sample_answers(mean: Tensor, cov: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
+    """``softmax f``, ``f ~ N(mean, cov)``, float64 ``[S, B, C]``. ``mean [B, C]`` (-inf: no such option), ``cov [B, C, C]``."""
     values, vectors = torch.linalg.eigh(cov.double())
     root = vectors * values.clamp(min=0).sqrt()[:, None, :]  # cov is PSD up to rounding; it may well be singular
     noise = torch.randn(num_samples, *mean.shape, dtype=torch.float64, generator=generator).to(mean.device)
-    return (mean.double() + torch.einsum("bij,sbj->sbi", root, noise)).softmax(-1).mean(0).to(mean.dtype)
+    return (mean.double() + torch.einsum("bij,sbj->sbi", root, noise)).softmax(-1)
+
+
+def sample_probabilities(mean: Tensor, cov: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
+    """``E[softmax f]`` by sampling, ``[B, C]`` in the mean's dtype (:func:`sample_answers`)."""
+    return sample_answers(mean, cov, num_samples, generator).mean(0).to(mean.dtype)
 
 
 def probit_probabilities(mean: Tensor, cov: Tensor) -> Tensor:

@@ -9,14 +9,14 @@ eigenvectors (found by the one-pass sketch), the small side, the rank of LoRA, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from . import prior
-from .baselines import GaussianLogits
+from .baselines import GaussianLogits, forward_hooks
 from .capture import frozen
 from .curvature import Eigenbasis, softmax_hessian_root
 from .jacobians import Routes
@@ -41,8 +41,7 @@ def lora_linears(model: nn.Module) -> dict[str, tuple[nn.Linear, nn.Linear]]:
     return found
 
 
-@contextmanager
-def _recording(matrices: Mapping[str, nn.Linear], seen: dict) -> Iterator[None]:
+def _recording(matrices: Mapping[str, nn.Linear], seen: dict) -> AbstractContextManager:
     """While active, a forward pass puts every matrix's input and output, ``(a, z)``, in ``seen``, z in the graph."""
 
     def keep(name: str):
@@ -52,12 +51,7 @@ def _recording(matrices: Mapping[str, nn.Linear], seen: dict) -> Iterator[None]:
             seen[name] = args[0].detach(), z
         return hook
 
-    handles = [m.register_forward_hook(keep(name)) for name, m in matrices.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return forward_hooks(matrices, keep)
 
 
 class LoraLaplace(GaussianLogits):

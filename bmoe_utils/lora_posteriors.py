@@ -8,14 +8,14 @@ With ``Delta W = s B A``, ``A [r, d_in]``, ``B [d_out, r]``:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
-from .baselines import adapted_weights, training_only, weights_set
+from .baselines import adapted_weights, forward_hooks, training_only, weights_set
 from .lora_laplace import lora_linears
 from .models import option_logits
 from .progress import track
@@ -44,8 +44,7 @@ def kl_shares(batches: int) -> Tensor:
     return powers.exp2() / (1 - torch.tensor(-batches, dtype=torch.float64).exp2())
 
 
-@contextmanager
-def flipout(matrices: Mapping[str, nn.Linear], std: Mapping[str, Tensor]) -> Iterator[None]:
+def flipout(matrices: Mapping[str, nn.Linear], std: Mapping[str, Tensor]) -> AbstractContextManager:
     """While active, every A has noise of ``std [r, d_in]`` through flipout (arXiv 1803.04386): one draw E a pass, and for every item
     ``(E (x * s)) * t`` with signs ``s [d_in]``, ``t [r]`` of its own, which is a draw of the same law for each."""
 
@@ -57,12 +56,7 @@ def flipout(matrices: Mapping[str, nn.Linear], std: Mapping[str, Tensor]) -> Ite
             return out + nn.functional.linear(x * signs(x.shape[-1]), noise.to(x.dtype)) * signs(out.shape[-1])
         return hook
 
-    handles = [A.register_forward_hook(noisy(name)) for name, A in matrices.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return forward_hooks(matrices, noisy)
 
 
 def fit_blob(model: nn.Module, loader: Iterable[Mapping[str, Tensor]], *, epochs: int, lr: float, prior_std: float = 0.2,

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from .comparison import NAMES as BASELINES
+from .comparison import ON_LORA
 from .evaluate import Predictions
 from .study import POSTERIOR, Study
 
-# Posteriors over LoRA's matrices, for the regimes that have them.
-LORA = ("mc_dropout", "swag", "laplace_lora", "blob", "tfb")
-BASELINES = ("ensemble", "checkpoint_ensemble", "expert_dropout", "last_layer_laplace", *LORA)
 # Method -> that of `attach_routers` and its options; all of them over whole passes.
 ROUTERS = {
     "router_temperature": ("temperature", {}),
@@ -34,7 +33,7 @@ def rows_of(study: Study) -> list[str]:
     """Those of ``study.methods`` that its regime has. ``ValueError`` on an unknown one."""
     if unknown := [m for m in study.methods if m not in KNOWN]:
         raise ValueError(f"unknown method {unknown[0]!r}; there are: {', '.join(KNOWN)}")
-    return [m for m in study.methods if m not in LORA or study.method == "lora"]
+    return [m for m in study.methods if m not in ON_LORA or study.method == "lora"]
 
 
 def width_by_validation(study: Study, seed: int) -> float:

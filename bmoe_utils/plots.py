@@ -137,6 +137,16 @@ def legend_outside(ax, where="right", source=None, **options):
     return ax
 
 
+def named_rows(ax, names, *, xlabel, room=0.5):
+    """One row per name, the first on top, `room` above it and below the last; no ticks, a light grid."""
+    names = list(names)
+    ax.set_yticks(range(len(names)), names)
+    ax.set(ylim=(len(names) - 1 + room, -room), xlabel=xlabel)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(True, axis="both")
+    sns.despine(ax=ax, left=True)
+
+
 def _unique(handles, labels):
     first = {label: handle for handle, label in reversed(list(zip(handles, labels)))}
     order = list(dict.fromkeys(labels))
@@ -261,12 +271,8 @@ def method_dots(table, metric, ax, *, values=True):
         )  # fmt: skip
         if values:
             ax.annotate(f"{mean:.3f}", (1.02, row), xycoords=("axes fraction", "data"), va="center", color=NOTE)
-    ax.set_yticks(rows, [style(method).label for method in table.index])
-    ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"{metric} ({READING.get(metric, 'lower is better')})")
+    named_rows(ax, [style(method).label for method in table.index], xlabel=f"{metric} ({READING.get(metric, 'lower is better')})", room=0.6)
     ax.xaxis.set_major_locator(MaxNLocator(5))
-    ax.tick_params(axis="y", length=0)
-    ax.grid(True, axis="both")
-    sns.despine(ax=ax, left=True)
     return ax
 
 

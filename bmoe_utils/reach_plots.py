@@ -1,10 +1,9 @@
 """Figures of chapter 13; the same manners as ``plots``: finished numbers and an ``ax`` in, the ``ax`` out."""
 
 import numpy as np
-import seaborn as sns
 from matplotlib.lines import Line2D
 
-from .plots import NOTE, Style, legend_outside, to_numpy
+from .plots import NOTE, Style, legend_outside, named_rows, to_numpy
 
 # What a model was before it was trained on the questions; colours and markers both tell them apart.
 REGIMES = {
@@ -39,11 +38,7 @@ def grouped(rows, ax, *, xlabel, bars=False, references=None, log=False, legend=
             ax.axvline(value, color=REGIMES[regime].colour, linestyle=dash, linewidth=1.5, label=f"{name} ({REGIMES[regime].label.lower()})")
     if log:
         ax.set_xscale("log")
-    ax.set_yticks(range(len(rows)), list(rows))
-    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(True, axis="both")
-    sns.despine(ax=ax, left=True)
+    named_rows(ax, rows, xlabel=xlabel)
     return legend_outside(ax) if legend else ax
 
 

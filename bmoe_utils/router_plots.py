@@ -4,7 +4,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.lines import Line2D
 
-from .plots import NOTE, READING, legend_outside, style, to_numpy
+from .plots import NOTE, READING, legend_outside, named_rows, style, to_numpy
 
 MARKERS = ["o", "s", "D", "^", "v", "P", "X", "<", ">"]
 
@@ -47,11 +47,7 @@ def two_inferences(inside, whole, metric, ax, *, references=(), legend=True):
         look = style(method)
         line = ax.axvline(inside.loc[method, metric]["mean"], color=look.colour, linestyle="--", linewidth=1.5, label=look.label)
         handles.append(line)
-    ax.set_yticks(range(len(methods)), [style(m).label for m in methods])
-    ax.set(ylim=(len(methods) - 0.5, -0.5), xlabel=f"{metric} ({READING.get(metric, 'lower is better')})")
-    ax.tick_params(axis="y", length=0)
-    ax.grid(True, axis="both")
-    sns.despine(ax=ax, left=True)
+    named_rows(ax, [style(m).label for m in methods], xlabel=f"{metric} ({READING.get(metric, 'lower is better')})")
     if legend:
         ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
     return ax
@@ -79,9 +75,5 @@ def intervals(rows, ax, *, xlabel, chance=None, legend=True):
                         linestyle="", label=label)  # fmt: skip
     if chance is not None:
         ax.axvline(chance, color=NOTE, linestyle="--", linewidth=1.2, label="Chance")
-    ax.set_yticks(range(len(rows)), list(rows))
-    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(True, axis="both")
-    sns.despine(ax=ax, left=True)
+    named_rows(ax, rows, xlabel=xlabel)
     return legend_outside(ax) if legend else ax

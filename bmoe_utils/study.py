@@ -49,7 +49,7 @@ POSTERIOR = (*TRAINING, "capture", "unfused", "curvature", "sums", "sketch", "ja
              "files", "laplace", "laplace_files", "prior")
 ROUTING = (*TRAINING, "capture", "unfused", "curvature", "routing", "router_families", "router_rules", "routers", "router_training", "files")
 BOTH = (*dict.fromkeys(POSTERIOR + ROUTING), "information", "joint")
-BASELINES = (*TRAINING, "capture", "unfused", "curvature", "jacobians", "columns", "sums", "sketch", "prior", "routing", "baselines", "last_layer",
+BASELINES = (*TRAINING, "capture", "unfused", "curvature", "jacobians", "columns", "sums", "sketch", "prior", "routing", "information", "baselines", "last_layer",
              "lora_laplace", "lora_posteriors", "comparison")
 
 

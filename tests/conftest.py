@@ -31,6 +31,15 @@ def seeds():
 
 
 @pytest.fixture
+def ax():
+    """Empty axes to draw in, closed afterwards."""
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots()
+    yield axes
+    plt.close(fig)
+
+
+@pytest.fixture
 def root() -> Path:
     """The project folder."""
     return ROOT

@@ -9,13 +9,6 @@ from bmoe_utils import comparison_plots, evaluate, plots, significance
 
 
 @pytest.fixture
-def ax():
-    fig, ax = plt.subplots()
-    yield ax
-    plt.close(fig)
-
-
-@pytest.fixture
 def pair():
     fig, axes = plt.subplots(2, 1)
     yield axes

@@ -3,7 +3,6 @@
 import json
 import math
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -11,13 +10,6 @@ from bmoe_utils import cost_plots
 from bmoe_utils.plots import METHODS, Style
 
 A, B = Style("A", "red", "o"), Style("B", "blue", "s")
-
-
-@pytest.fixture
-def ax():
-    fig, ax = plt.subplots()
-    yield ax
-    plt.close(fig)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def test_every_row_of_every_profile_is_known_and_has_a_style():
 
 def test_a_regime_has_the_posteriors_it_can_hold(study):
     full = main_table.rows_of(study)
-    assert not set(full) & set(main_table.LORA)
+    assert not set(full) & set(main_table.ON_LORA)
     assert set(main_table.rows_of(study.regime("lora"))) == set(CPU["methods"])
 
 

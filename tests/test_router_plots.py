@@ -1,17 +1,9 @@
 """What the router chapters' figures draw is what they were given."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from bmoe_utils import evaluate, plots, router_plots
-
-
-@pytest.fixture
-def ax():
-    fig, ax = plt.subplots()
-    yield ax
-    plt.close(fig)
 
 
 def test_layer_curves_draw_means_and_spreads(ax):
