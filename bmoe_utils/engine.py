@@ -34,10 +34,14 @@ def spread(function: Callable, calls: Sequence[tuple], *, jobs: int, scheduler: 
     """
     import dask
     from distributed import Client, LocalCluster, as_completed
-    quiet = {"distributed.scheduler.allowed-failures": 0,                # a run that kills its worker is not tried again
-             "distributed.scheduler.worker-saturation": 1.0,             # none waits at a busy worker while another is idle
-             "distributed.comm.timeouts.connect": "60s"}
-    with dask.config.set(quiet):
+    threads = max(1, cores() // jobs)
+    settings = {"distributed.scheduler.allowed-failures": 0,             # a run that kills its worker is not tried again
+                "distributed.scheduler.worker-saturation": 1.0,          # none waits at a busy worker while another is idle
+                "distributed.comm.timeouts.connect": "60s",
+                # in place of dask's own, which also make glibc give back the memory of every larger tensor at once: runs would
+                # then spend a third of their time on getting it again
+                "distributed.nanny.pre-spawn-environ": {f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")}}
+    with dask.config.set(settings):
         cluster = scheduler or LocalCluster(n_workers=jobs, threads_per_worker=1, processes=True, memory_limit=None,
                                             dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL)
         client = Client(cluster)

@@ -134,9 +134,10 @@ def found(root: Path | None = None) -> dict[tuple, list[float]]:
     for path in sorted((root or project_root() / "data" / "runs").rglob(f"{CHAPTER}_numbers.json")):
         try:
             run = json.loads(path.read_text(encoding="utf-8"))
-            for method, metrics in run["methods"].items():
-                for metric, by_seed in metrics.items():
-                    values.setdefault((run["model"], run["task"], method, metric), {}).update(by_seed)
+            for method, by_seed in run["methods"].items():
+                for seed, scores in zip(run["seeds"], by_seed, strict=True):
+                    for metric, value in scores.items():
+                        values.setdefault((run["model"], run["task"], method, metric), {})[seed] = value
         except (ValueError, KeyError, TypeError, AttributeError):
             continue                                  # another version's file says nothing here
     return {key: list(by_seed.values()) for key, by_seed in values.items()}

@@ -2,7 +2,7 @@
 
 Every cell has its own folder, runs alone, and is skipped when a sweep that was cut short is given again and neither its
 settings nor the code changed. Finished artefacts are shared by all cells, so a sweep over single seeds fills the cache from
-which one run over all of them then draws its tables.
+which one run over all of them then draws its tables. The scores of all finished cells end up in one ``results.csv``.
 """
 from __future__ import annotations
 
@@ -50,6 +50,23 @@ def run_cell(plan: runner.Plan, chosen: Sequence[runner.Chapter], key: str, *, h
     return status
 
 
+def results(plans: Sequence[runner.Plan]) -> list[dict]:
+    """The scores of every method in every finished cell: a row for each chapter that keeps them (``NN_numbers.json``), method and seed,
+    beside the cell's task, model and settings."""
+    rows = []
+    for plan in plans:
+        cell = {"task": runner.slug(plan.task), "model": plan.model or "of the profile"}
+        cell |= {key: value if isinstance(value, (str, int, float)) else json.dumps(value) for key, value in plan.overrides.items() if key != "seeds"}
+        for path in sorted(plan.figures.glob("[0-9][0-9]_numbers.json")):
+            try:
+                said = json.loads(path.read_text(encoding="utf-8"))
+                rows += [cell | {"chapter": path.name[:2], "method": method, "seed": seed} | scores
+                         for method, by_seed in said["methods"].items() for seed, scores in zip(said["seeds"], by_seed, strict=True)]
+            except (KeyError, TypeError, AttributeError, ValueError):
+                continue                              # a chapter whose numbers are of another form
+    return rows
+
+
 def run(plans: Sequence[runner.Plan], chosen: Sequence[runner.Chapter], *, jobs: int, scheduler: str | None = None, html: bool = True) -> int:
     """All cells that are not finished yet; the failures are listed at the end. 0 when none is left, 1 otherwise, 130 when interrupted."""
     begin, keys, said = time.monotonic(), [key_of(plan, chosen) for plan in plans], {}
@@ -71,6 +88,11 @@ def run(plans: Sequence[runner.Plan], chosen: Sequence[runner.Chapter], *, jobs:
     runner.say("")
     for i, plan in enumerate(plans):
         runner.say(f"  {plan.folder.name}: {said.get(i, 'not run')}")
+    if rows := results([plan for i, plan in enumerate(plans) if said.get(i) in ("ok", "finished before")]):
+        import pandas as pd
+        table = plans[0].folder.parent / "results.csv"
+        artefacts.atomic_write(table, pd.DataFrame(rows).to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        runner.say(f"  every method's scores, by cell and seed: {runner.short(table)}")
     failed = [i for i in range(len(plans)) if said.get(i) not in ("ok", "finished before")]
     runner.say(f"  {len(plans) - len(failed)} of {len(plans)} cells are finished, {time.monotonic() - begin:.0f} seconds; results in {runner.short(plans[0].folder.parent)}/")
     if failed:

@@ -112,10 +112,11 @@ def test_reported_beside_what_was_run(project, root):
     assert matrix.reported() == []
     (project / "data" / "reported.json").write_text((root / "data" / "reported.json").read_text())
     assert {row["reproduced"] for row in matrix.reported()} == {"not run"}
-    for seed, value in (("0", 0.02), ("1", 0.04)):
+    for seed, value in ((0, 0.02), (1, 0.04)):
         run = folder / f"sweep-{seed}" / "figures"
         run.mkdir(parents=True)
-        (run / "11_numbers.json").write_text(json.dumps({"model": "Qwen/Qwen1.5-MoE-A2.7B", "task": "openbookqa", "methods": {"router_mfvr": {"ece": {seed: value}}}}))
+        (run / "11_numbers.json").write_text(json.dumps({"model": "Qwen/Qwen1.5-MoE-A2.7B", "task": "openbookqa", "seeds": [seed],
+                                                         "methods": {"router_mfvr": [{"ece": value}]}}))
     (folder / "old" / "figures").mkdir(parents=True)
     (folder / "old" / "figures" / "11_numbers.json").write_text("[]")
     said = {row["reproduced"] for row in matrix.reported() if (row["model"], row["method"]) == ("Qwen/Qwen1.5-MoE-A2.7B", "router_mfvr")}

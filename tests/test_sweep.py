@@ -94,6 +94,13 @@ def test_a_dead_worker_is_told_and_not_tried_again():
     assert index == 0 and isinstance(result, Exception)
 
 
+def test_workers_keep_the_memory_they_have(monkeypatch):
+    """dask would have glibc give back that of every larger tensor at once: many page faults, and half the speed."""
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    with engine.spread(os.environ.get, [("MALLOC_TRIM_THRESHOLD_",), ("OMP_NUM_THREADS",)], jobs=2) as results:
+        assert dict(results) == {0: None, 1: str(max(1, engine.cores() // 2))}
+
+
 def test_interrupt_ends_the_kernels_too(project, root):
     notebook(project, "01_one", MEET.format(me=1, other=2), "(place / 'kernel').write_text(str(os.getpid()))\ntime.sleep(120)")
     notebook(project, "02_two", MEET.format(me=2, other=1), "time.sleep(120)")
@@ -141,6 +148,23 @@ def test_a_sweep_runs_every_cell_once_and_resumes(project, capsys):
     assert sorted((project / "ran").read_text().split()) == ["0", "0", "1", "1", "1", "1"]      # the finished ones were not run again
     given = json.loads((project / "data/runs/sweep/smoke-epochs_2-seeds_1/cell.json").read_text())
     assert given["overrides"] == {"epochs": 2, "seeds": [1]}
+
+
+SCORES = """
+import json, os, pathlib
+numbers = {"seeds": overrides["seeds"], "methods": {"map": [{"nll": overrides["epochs"] + seed / 10} for seed in overrides["seeds"]]}}
+folder = pathlib.Path(os.environ["BMOE_FIGURES"])
+(folder / "01_numbers.json").write_text(json.dumps(numbers))
+(folder / "02_numbers.json").write_text('{"seeds": [0], "methods": {"inside": {"map": [1]}}}')
+"""
+
+
+def test_a_sweep_gathers_the_scores_of_its_finished_cells(project, capsys):
+    notebook(project, "01_one", SCORES, "assert overrides['epochs'] != 3")
+    assert main(["sweep", "--profile", "smoke", "--vary", "epochs=[1,2,3]", "-p", "seeds=[0,4]", "--no-html", "--jobs", "2"]) == 1
+    assert (project / "data/runs/sweep/results.csv").read_text().splitlines() == [
+        "task,model,epochs,chapter,method,seed,nll", *(f"world,of the profile,{epochs},01,map,{seed},{epochs + seed / 10:g}" for epochs in (1, 2) for seed in (0, 4))]
+    assert "results.csv" in capsys.readouterr().out
 
 
 def test_a_changed_chapter_is_run_again(project):
