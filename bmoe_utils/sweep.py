@@ -50,7 +50,7 @@ def run_cell(plan: runner.Plan, chosen: Sequence[runner.Chapter], key: str, *, h
     return status
 
 
-def results(plans: Sequence[runner.Plan]) -> list[dict]:
+def scores(plans: Sequence[runner.Plan]) -> list[dict]:
     """The scores of every method in every finished cell: a row for each chapter that keeps them (``NN_numbers.json``), method and seed,
     beside the cell's task, model and settings."""
     rows = []
@@ -60,8 +60,8 @@ def results(plans: Sequence[runner.Plan]) -> list[dict]:
         for path in sorted(plan.figures.glob("[0-9][0-9]_numbers.json")):
             try:
                 said = json.loads(path.read_text(encoding="utf-8"))
-                rows += [cell | {"chapter": path.name[:2], "method": method, "seed": seed} | scores
-                         for method, by_seed in said["methods"].items() for seed, scores in zip(said["seeds"], by_seed, strict=True)]
+                rows += [cell | {"chapter": path.name[:2], "method": method, "seed": seed} | numbers
+                         for method, by_seed in said["methods"].items() for seed, numbers in zip(said["seeds"], by_seed, strict=True)]
             except (KeyError, TypeError, AttributeError, ValueError):
                 continue                              # a chapter whose numbers are of another form
     return rows
@@ -88,7 +88,7 @@ def run(plans: Sequence[runner.Plan], chosen: Sequence[runner.Chapter], *, jobs:
     runner.say("")
     for i, plan in enumerate(plans):
         runner.say(f"  {plan.folder.name}: {said.get(i, 'not run')}")
-    if rows := results([plan for i, plan in enumerate(plans) if said.get(i) in ("ok", "finished before")]):
+    if rows := scores([plan for i, plan in enumerate(plans) if said.get(i) in ("ok", "finished before")]):
         import pandas as pd
         table = plans[0].folder.parent / "results.csv"
         artefacts.atomic_write(table, pd.DataFrame(rows).to_csv(index=False, float_format="%.6g", lineterminator="\n"))
