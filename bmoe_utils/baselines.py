@@ -24,7 +24,7 @@ from .information import entropy
 from .models import option_logits
 from .progress import track
 from .routing import SwagMoments, swag_sample
-from .train import answer_nll
+from .train import adapted_weights, answer_nll
 from .unfused import second_layer
 
 
@@ -84,12 +84,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
-
-
-def adapted_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that fine-tuning trains, by name: those of LoRA if the model has any, else all."""
-    own = dict(model.named_parameters())
-    return {k: v for k, v in own.items() if "lora_" in k} or own
 
 
 @contextmanager

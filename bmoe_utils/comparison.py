@@ -17,7 +17,6 @@ from . import train
 from .baselines import (
     MCDropout,
     WeightEnsemble,
-    adapted_weights,
     expert_dropout,
     fit_swag,
     lora_dropout,
@@ -92,15 +91,14 @@ class Run:
             return self.study.loader(self.items, batch_size=self.study.router_batch)
         return self.study.loader(self.items, batch_size=self.study.batch_size, shuffle=True, seed=order)
 
-    def _train(self, seed: int, *, dropout: float = 0.0, within: Callable = nullcontext, after_epoch=None) -> nn.Module:
+    def _train(self, seed: int, *, dropout: float = 0.0, within: Callable = nullcontext) -> nn.Module:
         """A model fine-tuned as the MAP model is, ``seed`` fixing the order of the items, LoRA's initial values and the dropout."""
         s = self.study
         model = s.base()[0]
         if s.method == "lora":
             model = train.add_lora(model, dropout=dropout, seed=seed)
         with within(model):
-            train.fine_tune(model, self._batches(seed), epochs=s.epochs, lr=s.lr, weight_decay=s.weight_decay, seed=seed,
-                            after_epoch=after_epoch and partial(after_epoch, model))
+            train.fine_tune(model, self._batches(seed), epochs=s.epochs, lr=s.lr, weight_decay=s.weight_decay, seed=seed)
         return model.eval()
 
     # ---- the baselines ----------------------------------------------------------------------------------------------
@@ -111,25 +109,11 @@ class Run:
         return WeightEnsemble(model, [_state(model), *more])
 
     def _checkpoint_ensemble(self, checkpoints: int):
-        """The MAP model's own run once more, and what it was after each of its last epochs."""
-        if not 1 <= checkpoints <= self.study.epochs:
-            raise ValueError(f"checkpoints={checkpoints} must lie between 1 and the run's {self.study.epochs} epochs")
-
-        def compute() -> dict[str, Tensor]:
-            kept = {}
-
-            def keep(model: nn.Module, epoch: int) -> None:
-                if epoch > self.study.epochs - checkpoints:
-                    kept.update({f"{epoch}/{k}": v for k, v in _state(model).items()})
-
-            self._train(self.seed, after_epoch=keep)
-            return kept
-
-        states: dict[str, dict] = {}
-        for name, value in self._stored(compute, checkpoints=checkpoints).items():
-            epoch, _, parameter = name.partition("/")
-            states.setdefault(epoch, {})[parameter] = value
-        return WeightEnsemble(self._map_model(), list(states.values()))
+        """What the MAP model was after each of its last epochs."""
+        model, before = self._map_model(), self.study.map_checkpoints(self.seed, **self.which)
+        if not 1 <= checkpoints <= len(before) + 1:
+            raise ValueError(f"checkpoints={checkpoints} must lie between 1 and the {len(before) + 1} that the run kept (`members`, `epochs`)")
+        return WeightEnsemble(model, [*before[len(before) + 1 - checkpoints:], _state(model)])
 
     def _mc_dropout(self, dropout: float, samples: int):
         state = self._stored(lambda: _state(self._train(self.seed, dropout=dropout)), dropout=dropout)
@@ -153,7 +137,7 @@ class Run:
 
         found = self._stored(compute, epochs=epochs, lr=lr, rank=rank)
         moments = {k: SwagMoments(found[f"mean/{k}"], found[f"square/{k}"], list(found[f"deviations/{k}"]), rank=rank)
-                   for k in adapted_weights(model)}
+                   for k in train.adapted_weights(model)}
         return WeightEnsemble(model, swag_states(moments, samples, scale=scale, seed=self.seed))
 
     def _last_layer_laplace(self, hessian_structure: str, samples: int):
@@ -195,4 +179,4 @@ class Run:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {k: v.detach().clone() for k, v in adapted_weights(model).items()}
+    return {k: v.detach().clone() for k, v in train.adapted_weights(model).items()}

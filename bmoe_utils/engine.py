@@ -38,6 +38,8 @@ def spread(function: Callable, calls: Sequence[tuple], *, jobs: int, scheduler: 
     settings = {"distributed.scheduler.allowed-failures": 0,             # a run that kills its worker is not tried again
                 "distributed.scheduler.worker-saturation": 1.0,          # none waits at a busy worker while another is idle
                 "distributed.comm.timeouts.connect": "60s",
+                # no statistics of what runs here, which would take a tenth of a core
+                "distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "1s", "distributed.admin.system-monitor.interval": "5s",
                 # in place of dask's own, which also make glibc give back the memory of every larger tensor at once: runs would
                 # then spend a third of their time on getting it again
                 "distributed.nanny.pre-spawn-environ": {f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")}}

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
-from .baselines import adapted_weights, forward_hooks, training_only, weights_set
+from .baselines import forward_hooks, training_only, weights_set
 from .lora_laplace import lora_linears
 from .models import option_logits
 from .progress import track
-from .train import answer_nll
+from .train import adapted_weights, answer_nll
 
 TINY = torch.finfo(torch.float64).tiny
 

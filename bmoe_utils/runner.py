@@ -17,6 +17,9 @@ from bmoe_utils.engine import spread
 
 PARAMETERS = ("profile", "task", "model", "overrides")         # what every notebook's `parameters` cell declares
 HEARTBEAT_S = 30
+# Side by side, these chapters begin first, in this order: the one whose models all others rest on, then the long ones, each beside
+# others that rest on other artefacts. Short ones fill what is left.
+EARLY = ("01", "08", "02", "03", "07", "04", "09", "11")
 KERNEL_STARTS = 3                                      # tries, where a kernel dies before it has run anything
 
 
@@ -322,17 +325,15 @@ def _one_by_one(plan: Plan, chosen: list[Chapter], labels: list[str], *, html: b
     return rows
 
 
-def apart(chapters: int, workers: int) -> list[int]:
-    """An order to begin chapters in: neighbours rest on the same artefacts and would wait for one another, so every worker has a
-    stretch of the book of its own, as far as that goes."""
-    stretch = -(-chapters // workers)
-    return [start + i for i in range(stretch) for start in range(0, chapters, stretch) if start + i < min(start + stretch, chapters)]
+def order_of(chosen: list[Chapter]) -> list[int]:
+    """The positions of the chapters in the order to begin them in, side by side: ``EARLY`` ones first, then as in the book."""
+    return sorted(range(len(chosen)), key=lambda i: (EARLY.index(chosen[i].number) if chosen[i].number in EARLY else len(EARLY), i))
 
 
 def _side_by_side(plan: Plan, chosen: list[Chapter], labels: list[str], *, html: bool, keep_going: bool, jobs: int) -> list[dict]:
     """Chapters on ``jobs`` workers; what several need is computed by the first that asks (the store's locks)."""
     rows: dict[int, dict] = {}
-    order = apart(len(chosen), jobs)
+    order = order_of(chosen)
     try:
         with spread(run_chapter, [(plan, chosen[i], labels[i]) for i in order], jobs=jobs, html=html) as results:
             for begun, result in results:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -192,11 +193,13 @@ class Study:
             "size": (n := len(self.train_items(seed, size))),
             # metrics after every epoch, for the study's own set; elsewhere the end is enough
             "every_epoch": self.curves and self.embedded and n == len(self.train_items(seed)),
+            "members": self.members,
         }
 
     def map_folder(self, seed: int, *, epochs: int | None = None, size: int | None = None) -> Path:
-        """A fine-tuned checkpoint (or LoRA adapter) and ``history.json``: after every epoch, the metrics on the
-        fine-tuning set and on the test set (for the curves of chapter 1; nothing is chosen by them)."""
+        """A fine-tuned checkpoint (or LoRA adapter); ``history.json``: after every epoch, the metrics on the
+        fine-tuning set and on the test set (for the curves of chapter 1; nothing is chosen by them); ``checkpoints.safetensors``: the
+        weights after the ``members - 1`` epochs before the last."""
         config = self._map_config(seed, epochs, size)
 
         def build(folder: Path) -> None:
@@ -204,22 +207,29 @@ class Study:
             if config["method"] == "lora":
                 model = train.add_lora(model, seed=seed)
             items = self.train_items(seed, size)
-            history = []
+            history, kept = [], {}
 
-            def after_epoch(epoch: int) -> None:
+            def score(epoch: int) -> None:
                 splits = {"train": items, "test": self.task["test"]}
                 scores = {k: predict(model, self.loader(v), progress=False).summary() for k, v in splits.items()}
                 history.append({"epoch": epoch} | scores)
 
+            def after_epoch(epoch: int) -> None:
+                if config["every_epoch"]:
+                    score(epoch)
+                if 0 < config["epochs"] - epoch < config["members"]:
+                    kept.update({f"{epoch}/{k}": v.detach().to("cpu", copy=True) for k, v in train.adapted_weights(model).items()})
+
             if config["every_epoch"]:
-                after_epoch(0)
+                score(0)
             train.fine_tune(model, self.loader(items, batch_size=self.batch_size, shuffle=True, seed=seed),
                             epochs=config["epochs"], lr=self.lr, weight_decay=self.weight_decay, seed=seed,
-                            after_epoch=after_epoch if config["every_epoch"] else None)
+                            after_epoch=after_epoch)
             if not config["every_epoch"]:
-                after_epoch(config["epochs"])
+                score(config["epochs"])
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+            save_file(kept, folder / "checkpoints.safetensors")
             atomic_write(folder / "history.json", json.dumps(history))
 
         return self.store.folder("map", config, build, modules=(*TRAINING, "metrics"))
@@ -227,6 +237,14 @@ class Study:
     def map_history(self, seed: int, **which) -> list[dict]:
         """``[{"epoch", "train": summary, "test": summary}, ...]`` of a MAP model's training."""
         return json.loads((self.map_folder(seed, **which) / "history.json").read_text())
+
+    def map_checkpoints(self, seed: int, **which) -> list[dict[str, torch.Tensor]]:
+        """The weights that fine-tuning trains, by name, after each of the last epochs before the MAP model's own, in their order."""
+        states: dict[int, dict] = {}
+        for name, value in load_file(self.map_folder(seed, **which) / "checkpoints.safetensors").items():
+            epoch, _, parameter = name.partition("/")
+            states.setdefault(int(epoch), {})[parameter] = value
+        return [states[epoch] for epoch in sorted(states)]
 
     def map_model(self, seed: int, **which) -> nn.Module:
         """The MAP model of a seed, optionally for other ``epochs`` or another training-set ``size``."""

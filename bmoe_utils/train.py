@@ -70,6 +70,12 @@ def add_lora(model: PreTrainedModel, *, rank: int = 8, alpha: int = 16, dropout:
     return get_peft_model(model, config)
 
 
+def adapted_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that fine-tuning trains, by name: those of LoRA if the model has any, else all."""
+    own = dict(model.named_parameters())
+    return {k: v for k, v in own.items() if "lora_" in k} or own
+
+
 def answer_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean ``-log softmax(f)_y`` over the item's options: the likelihood of which the Laplace posterior is the curvature."""
     return nn.functional.cross_entropy(logits, labels.to(logits.device))

@@ -14,7 +14,6 @@ from bmoe_utils.baselines import (
     GaussianLogits,
     MCDropout,
     WeightEnsemble,
-    adapted_weights,
     expert_dropout,
     fit_swag,
     lora_dropout,
@@ -28,6 +27,7 @@ from bmoe_utils.curvature import sample_probabilities
 from bmoe_utils.evaluate import predict
 from bmoe_utils.models import option_logits
 from bmoe_utils.routing import SwagMoments
+from bmoe_utils.train import adapted_weights
 
 
 def lora_model(dropout=0.0, seed=0, **options):

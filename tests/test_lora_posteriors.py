@@ -8,7 +8,7 @@ from test_baselines import lora_model, own, state_of
 from tiny import tiny_batch
 
 from bmoe_utils import lora_posteriors
-from bmoe_utils.baselines import WeightEnsemble, adapted_weights
+from bmoe_utils.baselines import WeightEnsemble
 from bmoe_utils.lora_laplace import lora_linears
 from bmoe_utils.lora_posteriors import (
     fit_blob,
@@ -20,6 +20,7 @@ from bmoe_utils.lora_posteriors import (
     tfb_directions,
     tfb_states,
 )
+from bmoe_utils.train import adapted_weights
 
 
 # ---- BLoB -----------------------------------------------------------------------------------------------------------

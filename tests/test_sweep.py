@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tiny_notebooks import DRAW, PROFILES, notebook
@@ -43,8 +44,9 @@ def test_two_chapters_run_at_once(project, capsys):
     assert rows(project) == {"01_one": "ok", "02_two": "ok"} and "2 chapters at a time" in capsys.readouterr().out
 
 
-def test_workers_begin_apart():
-    assert runner.apart(5, 2) == [0, 3, 1, 4, 2] and runner.apart(3, 1) == [0, 1, 2] and runner.apart(7, 3) == [0, 3, 6, 1, 4, 2, 5]
+def test_long_chapters_begin_early():
+    chapters = [runner.Chapter(Path(f"{n:02d}_name.ipynb"), "", "") for n in (1, 5, 7, 8, 13, 99)]
+    assert [chapters[i].number for i in runner.order_of(chapters)] == ["01", "08", "07", "05", "13", "99"]
 
 
 def test_a_failure_stops_what_has_not_begun(project, capsys):

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import sys
 import time
 from contextlib import contextmanager
@@ -105,6 +106,19 @@ def timed(device: str, run) -> float:
     run()
     synchronise(device)
     return clock() - start
+
+
+def table_of(floors: dict[str, str | None], times: dict[str, list[float]], peaks: dict[str, int], parameters: int) -> dict[str, dict]:
+    """A row per name: the median of its ``times`` (a value a batch) and its peak; with a floor, ratios to that in the same batch, and of
+    the memory held with all ``parameters`` (bytes)."""
+    rows = {}
+    for name, against in floors.items():
+        row = rows[name] = {"seconds_per_batch": statistics.median(times[name]), "peak_mb": peaks[name] / 2**20}
+        if against:
+            ratios = sorted(x / y for x, y in zip(times[name], times[against], strict=True))
+            row |= {"floor": against, "ratio": statistics.median(ratios), "ratio_range": [ratios[0], ratios[-1]],
+                    "memory_ratio": (peaks[name] + parameters) / (peaks[against] + parameters)}
+    return rows
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 
-from common import C, add_out, batches, build, peak_bytes, silent, synchronise, timed, write
+from common import C, add_out, batches, build, peak_bytes, silent, synchronise, table_of, timed, write
 
 import torch
 
@@ -190,14 +190,10 @@ def measure(args, architecture: str) -> dict:
         for name, sketches in due.items():
             rest[name] += sum(n * timed(args.device, lambda: restart(sketch)) for sketch, n in sketches)
 
-    table = {}
-    for name, (against, _) in rows.items():
-        row = table[name] = {"seconds_per_batch": statistics.median(times[name]), "peak_mb": peaks[name] / 2**20}
-        if against:
-            ratios = sorted(x / y for x, y in zip(times[name], times[against], strict=True))
-            row |= {"floor": against, "ratio": statistics.median(ratios), "ratio_range": [ratios[0], ratios[-1]],
-                    "ratio_of_minima": min(times[name]) / min(times[against]),
-                    "memory_ratio": (peaks[name] + parameters) / (peaks[against] + parameters)}
+    table = table_of({name: against for name, (against, _) in rows.items()}, times, peaks, parameters)
+    for name, row in table.items():
+        if against := row.get("floor"):
+            row["ratio_of_minima"] = min(times[name]) / min(times[against])
         if name in rest:
             row["seconds_beside_the_batches"] = rest[name]
             row["ratio_of_a_whole_fit"] = row["ratio"] + rest[name] / (steps * statistics.median(times[against]))

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import statistics
 import traceback
 import warnings
 from collections.abc import Callable
 
-from common import C, add_out, batches, build, peak_bytes, silent, timed, write
+from common import C, add_out, batches, build, peak_bytes, silent, table_of, timed, write
 
 import torch
 from curvature_floor import fit_step, predict, restarts
@@ -188,14 +187,7 @@ def measure(args, absent: dict) -> dict:
             for name, taken in tries.items():
                 times[name].append(min(taken))
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    table = {}
-    for name, (against, _) in rows.items():
-        row = table[name] = {"seconds_per_batch": statistics.median(times[name]), "peak_mb": peaks[name] / 2**20}
-        if against:
-            ratios = sorted(x / y for x, y in zip(times[name], times[against], strict=True))
-            row |= {"floor": against, "ratio": statistics.median(ratios), "ratio_range": [ratios[0], ratios[-1]],
-                    "memory_ratio": (peaks[name] + parameters) / (peaks[against] + parameters)}
-    return table
+    return table_of({name: against for name, (against, _) in rows.items()}, times, peaks, parameters)
 
 
 # ---- what cannot be done --------------------------------------------------------------------------------------------
