@@ -50,9 +50,9 @@ def test_long_chapters_begin_early():
 
 
 def test_a_failure_stops_what_has_not_begun(project, capsys):
-    notebook(project, "01_one", MEET.format(me=1, other=3), "raise ValueError('no posterior here')")
-    notebook(project, "02_two", DRAW)
-    notebook(project, "03_three", MEET.format(me=3, other=1), "time.sleep(60)")
+    notebook(project, "01_one", MEET.format(me=1, other=2), "raise ValueError('no posterior here')")
+    notebook(project, "02_two", MEET.format(me=2, other=1), "time.sleep(60)")
+    notebook(project, "03_three", DRAW)
     assert reproduce("--jobs", "2") == 1
     out = capsys.readouterr().out
     assert "FAILED 01_one.ipynb, cell 4" in out and "ValueError: no posterior here" in out
