@@ -78,10 +78,12 @@ def against_bound(share, deviation, ax, *, regime="scratch", legend=True):
 def check(points, ax, *, ylabel, legend=True):
     """What the posterior gained over the temperature it amounts to, less 1 and at least LEAST: `points`: [(label, regime, temperature, y),
     ...], numbered in their order."""
-    for number, (label, regime, temperature, y) in enumerate(points, 1):
+    for rank, i in enumerate(sorted(range(len(points)), key=lambda i: points[i][2])):
+        _, regime, temperature, y = points[i]
         look, x = REGIMES[regime], max(temperature - 1, LEAST)
         ax.plot(x, y, look.marker, color=look.colour, markersize=10, alpha=0.85)
-        ax.annotate(str(number), (x, y), xytext=(6, 5), textcoords="offset points", fontsize=10, color=NOTE)
+        side = ((8, 5), (8, -11), (-8, 5), (-8, -11))[rank % 4]  # neighbours' numbers on different sides, or they cover one another
+        ax.annotate(str(i + 1), (x, y), xytext=side, textcoords="offset points", fontsize=10, color=NOTE, ha="left" if side[0] > 0 else "right")
     ax.axhline(0, color=NOTE, linewidth=1)
     ax.axhline(1, color=NOTE, linewidth=1, linestyle="--")
     ax.set(xscale="log", xlabel="Temperature the posterior amounts to − 1", ylabel=ylabel)
