@@ -6,7 +6,7 @@ covariance, the median over test questions, all at one prior precision (the evid
 that of the whole fit, all passes and what follows them, and of the predictions, as ratios to the floors of ``curvature_floor.py``
 over the same questions, measured in turn.
 
-    python tests/benchmarks/accuracy_and_time.py [--repeats 2] [--out accuracy.json]
+    python tests/benchmarks/accuracy_and_time.py [--repeats 3] [--out accuracy.json]
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def measure(args) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--items", type=int, default=100)
     add_out(parser, "accuracy_and_time")
     args = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """How the curvature's own cost grows, beside the passes through the model: time and memory of one layer against tokens, experts,
 rank and width, with log-log slopes; and the low-rank sketch against an incremental SVD in time and in the trace that it misses.
 
-    python tests/benchmarks/curvature_scaling.py [--device cuda] [--repeats 2] [--out scaling.json]
+    python tests/benchmarks/curvature_scaling.py [--device cuda] [--repeats 3] [--out scaling.json]
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def against_svd(device: str, batches: int = 20, rows: int = 200, width: int = 51
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     add_out(parser, "curvature_scaling")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

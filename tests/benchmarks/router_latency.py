@@ -1,6 +1,6 @@
 """How much slower Bayesian routers make a model: measured on a random one, and counted for the papers' models.
 
-    python tests/benchmarks/router_latency.py [--widths 512 768] [--repetitions 2] [--device cuda --dtype bfloat16] [--out FILE]
+    python tests/benchmarks/router_latency.py [--widths 512 768] [--repetitions 3] [--device cuda --dtype bfloat16] [--out FILE]
 
 Every repetition times the plain model and then the same model with routers attached, way after way, so that a slow minute of
 the machine hits both. Two figures for each:
@@ -176,7 +176,7 @@ def show(report: dict) -> str:
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[768])
-    parser.add_argument("--repetitions", type=int, default=2, help="at the first width; half as many, rounded up, at others")
+    parser.add_argument("--repetitions", type=int, default=3, help="at the first width; half as many, rounded up, at others")
     parser.add_argument("--samples", type=int, default=35)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
