@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
-from transformers import get_cosine_schedule_with_warmup, set_seed
 
-from .models import option_logits
-from .progress import track
+from . import train
 
 
 def smoothed_nll(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -29,24 +26,14 @@ def fine_tune(model: nn.Module, loader: Iterable[Mapping[str, Tensor]], *, epoch
     ``precision``: parameter name -> its ``lambda`` (others are free); ``W_0`` is 1 for the scales of norms, 0 for all else. A penalty in
     the loss, not AdamW's decoupled weight decay, whose optimum is that of no such objective.
     """
-    set_seed(seed)
     named = dict(model.named_parameters())
     if unknown := set(precision or {}) - set(named):
         raise ValueError(f"no parameter {', '.join(sorted(unknown))}")
     held = [(named[name], 1.0 if "norm" in name else 0.0, lam) for name, lam in (precision or {}).items()]
-    trained, items = [p for p in named.values() if p.requires_grad], sum(len(b["labels"]) for b in loader)
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    steps = epochs * len(loader)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.05 * steps), steps)
-    model.train()
-    for _ in track(range(epochs), "fine-tuning under the prior (epochs)", progress):
-        for batch in loader:
-            loss = smoothed_nll(option_logits(model, batch), batch["labels"], smoothing)
-            if held:
-                loss = loss + sum(0.5 * lam / items * (p - centre).square().sum() for p, centre, lam in held)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-    model.eval()
+    items = sum(len(b["labels"]) for b in loader)
+
+    def objective(logits: Tensor, labels: Tensor) -> Tensor:
+        penalty = sum(0.5 * lam / items * (p - centre).square().sum() for p, centre, lam in held)
+        return smoothed_nll(logits, labels, smoothing) + penalty
+
+    train.fine_tune(model, loader, epochs=epochs, lr=lr, seed=seed, loss=objective, progress=progress)

@@ -89,10 +89,11 @@ def fine_tune(
     lr: float,
     weight_decay: float = 0.0,
     seed: int = 0,
+    loss: Callable[[Tensor, Tensor], Tensor] = answer_nll,
     after_epoch: Callable[[int], None] | None = None,
     progress: bool = True,
 ) -> None:
-    """MAP fine-tuning on the answers (:func:`answer_nll`) of every parameter that requires a gradient. In place.
+    """MAP fine-tuning of every parameter that requires a gradient on the answers' ``loss(logits, labels)``. In place.
 
     ``loader`` must be re-iterable (it is gone through once an epoch). ``after_epoch(number)`` sees the model in eval mode.
     """
@@ -102,8 +103,7 @@ def fine_tune(
     for epoch in track(range(1, epochs + 1), "fine-tuning (epochs)", progress):
         model.train()
         for batch in loader:
-            loss = answer_nll(option_logits(model, batch), batch["labels"])
-            loss.backward()
+            loss(option_logits(model, batch), batch["labels"]).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
