@@ -98,6 +98,19 @@ def test_a_benchmark_writes_its_conditions_and_targets(benchmarks, tmp_path, cap
     assert whole == rows["fit, exact, rank 4"]["ratio_of_a_whole_fit"] >= rows["fit, exact, rank 4"]["ratio"]
 
 
+def test_an_operations_own_time_leaves_out_those_within_it(benchmarks):
+    from curvature_floor import own_times
+    events = [("aten::b", 50, 20), ("aten::a", 0, 100), ("aten::b", 10, 30), ("c", 12, 5), ("aten::a", 100, 7)]
+    assert own_times([(name, start * 10**6, length * 10**6) for name, start, length in events]) == {"a": [50, 7], "b": [25, 20], "c": [5]}
+
+
+def test_a_batch_counts_its_least_try_and_slow_rows_are_tried_once(benchmarks, monkeypatch):
+    import common
+    seconds = {"short": iter([3.0, 1.0, 5.0, 2.0]), "slow": iter([9.0, 8.0])}
+    monkeypatch.setattr(common, "timed", lambda device, run: next(seconds[run()]))
+    assert common.in_turn("cpu", {name: lambda batch, name=name: name for name in seconds}, [{}, {}], 2, slow=6.0) == {"short": [1.0, 2.0], "slow": [9.0, 8.0]}
+
+
 def test_frobenius_distances_are_those_of_the_dense_matrices(benchmarks):
     from accuracy_and_time import frobenius
     from tiny import tiny_batch, tiny_model

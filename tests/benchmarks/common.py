@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
@@ -108,6 +109,21 @@ def timed(device: str, run) -> float:
     return clock() - start
 
 
+def in_turn(device: str, rows: dict[str, object], data: list[dict], tries: int, slow: float = math.inf) -> dict[str, list[float]]:
+    """Seconds of every row on every batch: the least of ``tries``, rows in turn within each, so that a slow minute of the machine falls
+    on all of them and none keeps it. A row that takes ``slow`` seconds or more is tried once."""
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    for batch in data:
+        taken: dict[str, list[float]] = {name: [] for name in rows}
+        for attempt in range(tries):
+            for name, run in rows.items():
+                if attempt == 0 or taken[name][0] < slow:
+                    taken[name].append(timed(device, lambda: run(batch)))
+        for name, seconds in taken.items():
+            times[name].append(min(seconds))
+    return times
+
+
 def table_of(floors: dict[str, str | None], times: dict[str, list[float]], peaks: dict[str, int], parameters: int) -> dict[str, dict]:
     """A row per name: the median of its ``times`` (a value a batch) and its peak; with a floor, ratios to that in the same batch, and of
     the memory held with all ``parameters`` (bytes)."""
@@ -135,21 +151,24 @@ def silent():
         os.close(nowhere)
 
 
-def peak_bytes(device: str, run) -> int:
-    """The most memory allocated during ``run`` beyond what was before."""
-    if device.startswith("cuda"):
+def traced(device: str, run) -> tuple[int, list[tuple[str, int, int]]]:
+    """The most memory allocated during ``run`` beyond what was before, and its operations: name, start and duration in nanoseconds."""
+    on_gpu = device.startswith("cuda")
+    before = 0
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with silent(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with silent(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=not on_gpu) as profile:
         run()
     live = peak = 0
-    for event in profile.profiler.kineto_results.events():
+    operations = []
+    for event in profile.profiler.kineto_results.events():  # not profile.events(), whose tree takes as long as the run
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
-    return peak
+        else:
+            operations.append((event.name(), event.start_ns(), event.duration_ns()))
+    return (torch.cuda.max_memory_allocated() - before if on_gpu else peak), operations
 
 
 # ---- what is measured on --------------------------------------------------------------------------------------------

@@ -5,12 +5,13 @@
 
 Everything is measured in one process, variants in turn on the same batch, so that a slow minute of the machine falls on all of
 them; on the CPU in processor seconds, which leave out the waiting for other processes. A ratio is the median over batches of
-(variant / floor of that batch). What does not come with every batch, the sketches' restarts and the eigenvectors at the end, is
-timed apart and added for a fitting set of ``--items``. Memory is the peak of allocations, the model's weights added on both sides.
+(variant / floor of that batch), each the least of ``--tries``. What does not come with every batch, the sketches' restarts and the
+eigenvectors at the end, is timed apart and added for a fitting set of ``--items``. Memory is the peak of allocations, the model's
+weights added on both sides.
 
 Which operations take the excess over the floor is profiled at the end.
 
-    python tests/benchmarks/curvature_floor.py [--device cuda] [--rounds 3] [--out floor.json]
+    python tests/benchmarks/curvature_floor.py [--device cuda] [--rounds 2] [--tries 2] [--out floor.json]
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 
-from common import C, add_out, batches, build, peak_bytes, silent, synchronise, table_of, timed, write
+from common import C, add_out, batches, build, in_turn, table_of, timed, traced, write
 
 import torch
 
@@ -58,11 +59,9 @@ def floor(model, batch, K: int, batched: bool = False) -> None:
         torch.autograd.grad(logits, tape.slots, v[k], retain_graph=k + 1 < K, materialize_grads=True)
 
 
-def fit_step(la, what: str = "factors"):
+def fit_step(la):
     """A fit's pass, one batch of it, and what it does at its end."""
     fit = Fit(la.model, la.layers, la._modules, la.options)
-    if what == "moments":
-        fit.posteriors, fit.stage = list(la.posteriors), 1
     fit.begin()
     return fit, lambda batch: fit.add(0, batch), lambda: [s.finish() for s in fit.sums]
 
@@ -102,13 +101,19 @@ GROUPS = {
 }
 
 
-def operations(run) -> dict[str, list[float]]:
-    """Milliseconds of every operation of ``run``, its own without what it calls: name -> one a call, in order."""
-    with silent(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run()
+def own_times(events: list[tuple[str, int, int]]) -> dict[str, list[float]]:
+    """Milliseconds of every ``(name, start, duration in ns)`` of one thread, without those within it: name -> one a call, in order."""
     out: dict[str, list[float]] = {}
-    for event in sorted(profile.events(), key=lambda e: e.time_range.start):
-        out.setdefault(event.name.removeprefix("aten::"), []).append(event.self_cpu_time_total / 1e3)
+    around: list[tuple[int, list[float], int]] = []  # the calls not yet over: their end, and where their time is kept
+    for name, start, duration in sorted(events, key=lambda e: (e[1], -e[2])):
+        while around and around[-1][0] <= start:
+            around.pop()
+        if around:
+            _, calls, at = around[-1]
+            calls[at] -= duration / 1e6
+        calls = out.setdefault(name.removeprefix("aten::"), [])
+        calls.append(duration / 1e6)
+        around.append((start + duration, calls, len(calls) - 1))
     return out
 
 
@@ -121,14 +126,14 @@ def by_group(calls: dict[str, list[float]]) -> dict[str, float]:
     return out
 
 
-def profiles(rows: dict, batch: dict, times: int = 2) -> dict:
+def excess_of(rows: dict, passes: list[dict[str, list[tuple]]]) -> dict:
     """What each variant spends beyond its floor, by group of operations, in shares of the floor. The profiler's clock is the wall's,
-    so of every single call the least of several runs counts, floor and variant in turn: what other processes took falls out. Its own
-    time, about the same a call, weighs on many small ones."""
+    so of every single call the least of several ``passes`` (name -> events) counts, floor and variant in turn: what other processes
+    took falls out. Its own time, about the same a call, weighs on many small ones."""
     least: dict[str, dict[str, list[float]]] = {}
-    for _ in range(times):
-        for name, (_, run) in rows.items():
-            calls = operations(lambda: run(batch))
+    for events in passes:
+        for name in rows:
+            calls = own_times(events[name])
             before = least.setdefault(name, calls)
             for op, values in calls.items():
                 if len(before.get(op, ())) == len(values):
@@ -166,37 +171,31 @@ def measure(args, architecture: str) -> dict:
                 la = bm.ExpertLaplace(model, fisher=fisher, **options)
                 fit, step, end = fits[f"fit, {fisher}, {name}"] = fit_step(la)
                 step(data[0])
-                fitted[name] = la
-                la.posteriors = end()  # of one batch, enough to predict with
+                fitted[name] = la, end
                 rows[f"fit, {fisher}, {name}"] = f"floor of a fit, {fisher}", step
         rows["floor of a fit, exact, one batched backward"] = "floor of a fit, exact", lambda batch: floor(model, batch, C - 1, True)
         rows["floor of a prediction"] = None, lambda batch: floor(model, batch, C)
-        for name, la in fitted.items():
+        for name, (la, end) in fitted.items():
+            la.posteriors = end()  # of one batch, enough to predict with
             rows[f"predict, {name}"] = "floor of a prediction", lambda batch, la=la: predict(la, batch)
-            ekfac = bm.ExpertLaplace(model, hessian_structure="ekfac", **variants[name])
-            ekfac.posteriors = la.posteriors
-            rows[f"second pass of ekfac, exact, {name}"] = "floor of a fit, exact", fit_step(ekfac, "moments")[1]
 
         steps = args.items // args.batch
         due = {name: restarts(fit, steps) for name, (fit, _, _) in fits.items()}
-        times = {name: [] for name in rows}
-        peaks = {name: peak_bytes(args.device, lambda: run(data[0])) for name, (_, run) in rows.items()}  # and warmed up
-        for batch in data:
-            for name, (_, run) in rows.items():
-                times[name].append(timed(args.device, lambda: run(batch)))
+        trace = lambda: {name: traced(args.device, lambda: run(data[0])) for name, (_, run) in rows.items()}  # noqa: E731
+        first = trace()  # and warmed up
+        times = in_turn(args.device, {name: run for name, (_, run) in rows.items()}, data, args.tries)
         targeted = {n: row for n, row in rows.items() if row[0] is None or targets(n)}
-        excess = profiles(targeted, data[0]) if args.profile else {}
+        excess = excess_of(targeted, [{n: operations for n, (_, operations) in t.items()} for t in (first, trace())]) if args.profile else {}
         rest = {name: timed(args.device, end) for name, (_, _, end) in fits.items()}
         for name, sketches in due.items():
             rest[name] += sum(n * timed(args.device, lambda: restart(sketch)) for sketch, n in sketches)
 
+    peaks = {name: peak for name, (peak, _) in first.items()}
     table = table_of({name: against for name, (against, _) in rows.items()}, times, peaks, parameters)
     for name, row in table.items():
-        if against := row.get("floor"):
-            row["ratio_of_minima"] = min(times[name]) / min(times[against])
         if name in rest:
             row["seconds_beside_the_batches"] = rest[name]
-            row["ratio_of_a_whole_fit"] = row["ratio"] + rest[name] / (steps * statistics.median(times[against]))
+            row["ratio_of_a_whole_fit"] = row["ratio"] + rest[name] / (steps * statistics.median(times[row["floor"]]))
         row |= targets(name) | ({"excess": excess[name]} if name in excess else {})
     return {"parameters": sum(p.numel() for p in model.parameters()), "rows": table}
 
@@ -209,15 +208,15 @@ def predict(la, batch) -> None:
 
 def show(table: dict) -> None:
     width = max(map(len, table))
-    print(f"{'':{width}}  s/batch   ratio  (range)          of minima  whole fit  peak MB  memory")
+    print(f"{'':{width}}  s/batch   ratio  (range)          whole fit  peak MB  memory")
     for name, row in table.items():
         line = f"{name:{width}}  {row['seconds_per_batch']:7.3f}"
         if "ratio" in row:
             lo, hi = row["ratio_range"]
             end = f"{row['ratio_of_a_whole_fit']:9.3f}" if "ratio_of_a_whole_fit" in row else " " * 9
-            line += f"  {row['ratio']:6.3f}  ({lo:.3f} - {hi:.3f})  {row['ratio_of_minima']:9.3f}  {end}"
+            line += f"  {row['ratio']:6.3f}  ({lo:.3f} - {hi:.3f})  {end}"
         else:
-            line += " " * 48
+            line += " " * 37
         line += f"  {row['peak_mb']:7.0f}" + (f"  {row['memory_ratio']:6.2f}" if "memory_ratio" in row else "")
         print(line)
 
@@ -225,7 +224,7 @@ def show(table: dict) -> None:
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("d", 512), ("f", 352), ("experts", 16), ("layers", 4), ("top-k", 4), ("rank", 64), ("batch", 8),
-                          ("rounds", 3), ("items", 1000), ("threads", 1)):
+                          ("rounds", 2), ("tries", 2), ("items", 1000), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--architecture", choices=["qwen2_moe", "olmoe"], nargs="+", default=["qwen2_moe", "olmoe"])
     parser.add_argument("--device", default="cpu")

@@ -19,7 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from common import C, add_out, batches, build, peak_bytes, silent, table_of, timed, write
+from common import C, add_out, batches, build, in_turn, silent, table_of, traced, write
 
 import torch
 from curvature_floor import fit_step, predict, restarts
@@ -176,16 +176,8 @@ def measure(args, absent: dict) -> dict:
                 named, {k: batch[k] for k in ("input_ids", "attention_mask")},
                 output_callback=lambda out: out.logits[:, -1, 10 : 10 + C])  # the option tokens of common.batches
 
-        peaks = {name: peak_bytes("cpu", lambda: run(data[0])) for name, (_, run) in rows.items()}  # and warmed up
-        times: dict[str, list[float]] = {name: [] for name in rows}
-        for batch in data:
-            tries: dict[str, list[float]] = {name: [] for name in rows}
-            for attempt in range(args.tries):
-                for name, (_, run) in rows.items():
-                    if attempt == 0 or tries[name][0] < SLOW:
-                        tries[name].append(timed("cpu", lambda: run(batch)))
-            for name, taken in tries.items():
-                times[name].append(min(taken))
+        peaks = {name: traced("cpu", lambda: run(data[0]))[0] for name, (_, run) in rows.items()}  # and warmed up
+        times = in_turn("cpu", {name: run for name, (_, run) in rows.items()}, data, args.tries, SLOW)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     return table_of({name: against for name, (against, _) in rows.items()}, times, peaks, parameters)
 
