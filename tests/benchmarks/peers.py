@@ -8,7 +8,7 @@ that one take 19 GB.
 
 What cannot be done is tried on tiny models, and what came of it is written down: the error, or the number that shows it.
 
-    python tests/benchmarks/peers.py [--rounds 3] [--tries 3] [--out peers.json]
+    python tests/benchmarks/peers.py [--rounds 2] [--tries 3] [--out peers.json]
 """
 
 from __future__ import annotations
@@ -297,7 +297,7 @@ def absent_shift(out: dict, experts: int, reached: list[int]) -> int | None:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("d", 256), ("f", 176), ("experts", 8), ("layers", 2), ("top-k", 2), ("rank", 64), ("batch", 8), ("rounds", 3),
+    for name, default in (("d", 256), ("f", 176), ("experts", 8), ("layers", 2), ("top-k", 2), ("rank", 64), ("batch", 8), ("rounds", 2),
                           ("tries", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     add_out(parser, "peers")
