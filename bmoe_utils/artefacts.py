@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast, hashlib, json, math, os, re, shutil, sys, time, uuid
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -117,6 +117,7 @@ def _source_hash(path: Path, modified: int) -> str:
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
+@cache
 def _versions() -> dict:
     """major.minor of the libraries whose numerics an artefact depends on."""
     found = {"python": "%d.%d" % sys.version_info[:2]}

@@ -6,7 +6,7 @@ import random
 import re
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,12 +35,17 @@ def options(item: dict, readout: str) -> list[str]:
     return [f" {w}" for w in (item["choices"] if readout == "cloze" else LETTERS[: len(item["choices"])])]
 
 
-def option_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """The id of the one token that an option's text is after ``Answer:``. ``ValueError`` if it is more than one there.
+def option_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, int]:
+    """The id of the one token that each option's text is after ``Answer:``. ``ValueError`` if it is more than one there.
 
     Encoded in its place, not alone: at the start of a text some tokenizers (SentencePiece's) put a space of their own.
     """
-    before, after = (tokenizer.encode(t, add_special_tokens=False) for t in (ANSWER, ANSWER + text))
+    texts = list(dict.fromkeys(texts))
+    before, *encoded = tokenizer([ANSWER, *(ANSWER + text for text in texts)], add_special_tokens=False)["input_ids"]
+    return {text: _one_token(tokenizer, text, before, after) for text, after in zip(texts, encoded, strict=True)}
+
+
+def _one_token(tokenizer: PreTrainedTokenizerBase, text: str, before: list[int], after: list[int]) -> int:
     ids = after[len(before) :]
     if after[: len(before)] == before and len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
         return ids[0]
@@ -94,23 +99,21 @@ def make_loader(
         raise ValueError("this tokenizer has no chat template: chat=True is for instruct models")
     _check_shots(shots, items)
 
-    def encode(item: dict) -> list[int]:
+    def wording(item: dict) -> str:
         if chat:  # the template writes the special tokens itself
-            text = tokenizer.apply_chat_template(conversation(item, readout, shots), tokenize=False, add_generation_prompt=True)
-            return tokenizer.encode(text + ANSWER, add_special_tokens=False)
+            return tokenizer.apply_chat_template(conversation(item, readout, shots), tokenize=False, add_generation_prompt=True) + ANSWER
         solved = [prompt(shot, readout) + options(shot, readout)[shot["answer"]] for shot in shots]
-        return tokenizer.encode("\n\n".join([*solved, prompt(item, readout)]), add_special_tokens=True)
+        return "\n\n".join([*solved, prompt(item, readout)])
 
-    token = {}  # each option text is checked once
+    def encode(items: Sequence[dict]) -> list[list[int]]:
+        return tokenizer([wording(item) for item in items], add_special_tokens=not chat)["input_ids"] if items else []
+
+    items = list(items)
+    token = option_tokens(tokenizer, (text for item in items for text in options(item, readout)))
     encoded, cut = [], {}
-    for item in items:
-        ids = encode(item)
+    for item, ids in zip(items, encode(items), strict=True):  # all at once: one by one takes several times as long
         if max_length is not None and len(ids) > max_length:
-            ids, cut[item["id"]] = _cut_passage(item, encode, len(ids), max_length)
-        for text in options(item, readout):
-            token.setdefault(text, None)
-            if token[text] is None:
-                token[text] = option_token(tokenizer, text)
+            ids, cut[item["id"]] = _cut_passage(item, lambda shorter: encode([shorter])[0], len(ids), max_length)
         option_ids = [token[text] for text in options(item, readout)]
         if len(set(option_ids)) < len(option_ids):
             raise ValueError(f"question {item['id']!r}: two options share a token")

@@ -19,7 +19,7 @@ PARAMETERS = ("profile", "task", "model", "overrides")         # what every note
 HEARTBEAT_S = 30
 # Side by side, these chapters begin first, in this order: the one whose models all others rest on, then the long ones, each beside
 # others that rest on other artefacts. Short ones fill what is left.
-EARLY = ("01", "08", "02", "03", "07", "04", "09", "11")
+EARLY = ("01", "08", "02", "03", "11", "07", "04", "09", "13", "06", "12")
 KERNEL_STARTS = 3                                      # tries, where a kernel dies before it has run anything
 
 

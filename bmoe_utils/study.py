@@ -12,6 +12,7 @@ on the way. Stages and what they rest on:
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import warnings
@@ -76,6 +77,7 @@ class Study:
         self.settings = PROFILES[profile] | own | overrides
         vars(self).update(self.settings)
         self.store = store or Store()
+        self._read: dict = {}
         if self.embedded:
             # Matrices this small gain little from threads, lose a lot where cores are shared, and in one thread give the
             # same numbers on any number of cores.
@@ -98,7 +100,7 @@ class Study:
     def _changed(self, settings: Mapping) -> Study:
         """The same study, data and base model under other settings, which must not concern those."""
         other = Study(self.profile, task=self.task_name, model=self.model_name, overrides=self.settings | dict(settings), store=self.store)
-        vars(other).update({k: v for k, v in vars(self).items() if k in ("task", "data_key", "base_folder", "tokenizer", "_base_key")})
+        vars(other).update({k: v for k, v in vars(self).items() if k in ("task", "data_key", "base_folder", "tokenizer", "_base_key", "_read")})
         return other
 
     def sized(self, size: int) -> Study:
@@ -172,7 +174,16 @@ class Study:
     def base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A fresh copy of the base model, with its tokenizer."""
         where = self.base_folder if self.embedded else self.model_name
-        return models.load_model(where, dtype=self.dtype, device_map=self.device_map)
+        return self._copied(where, lambda: models.load_model(where, dtype=self.dtype, device_map=self.device_map))
+
+    def _copied(self, folder: Path | str, load: Callable):
+        """What ``load()`` reads from a folder; an embedded model, small and wanted hundreds of times, is read once and copied."""
+        if not self.embedded:
+            return load()
+        key = str(folder), self.dtype
+        if key not in self._read:
+            self._read[key] = load()
+        return copy.deepcopy(self._read[key])
 
     @cached_property
     def _base_key(self) -> str:
@@ -249,9 +260,13 @@ class Study:
     def map_model(self, seed: int, **which) -> nn.Module:
         """The MAP model of a seed, optionally for other ``epochs`` or another training-set ``size``."""
         folder = self.map_folder(seed, **which)
-        if self.method == "lora":
-            return PeftModel.from_pretrained(self.base()[0], folder).eval()
-        return models.load_model(folder, dtype=self.dtype, device_map=self.device_map)[0]
+
+        def load() -> nn.Module:
+            if self.method == "lora":
+                return PeftModel.from_pretrained(self.base()[0], folder).eval()
+            return models.load_model(folder, dtype=self.dtype, device_map=self.device_map)[0]
+
+        return self._copied(folder, load)
 
     # ---- predictions ------------------------------------------------------------------------------------------------
     def predictions(self, name: str, split: str, config: Mapping, predictor: Callable[[], Callable | nn.Module], *,

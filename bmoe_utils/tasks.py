@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from . import hub
-from .prompts import length_batches, make_loader, option_token, options, prompt, same_question
+from .prompts import length_batches, make_loader, option_tokens, options, prompt, same_question
 from .questions import LETTERS, SUFFIXES, MalformedQuestions, named_item, read_questions, to_items
 from .world import build_splits, load_world, pretraining_lines, world_file
 
 __all__ = ["MalformedQuestions", "Split", "Task", "draw", "learning_texts", "length_batches", "load_task", "make_loader",
-           "option_token", "options", "prompt", "read_questions"]  # fmt: skip
+           "option_tokens", "options", "prompt", "read_questions"]  # fmt: skip
 
 VALIDATION_SHARE = 0.1
 TEST_SHARE = 0.2  # of a single file

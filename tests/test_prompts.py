@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import bmoe_utils as bm
 from bmoe_utils.models import train_tokenizer
-from bmoe_utils.prompts import conversation, option_token, prompt
+from bmoe_utils.prompts import conversation, option_tokens, prompt
 from bmoe_utils.tasks import Split
 
 WORDS = "Ice floats since it is less dense than the water below , which is why lakes freeze from above .".split()
@@ -68,7 +68,7 @@ def test_a_chat_is_laid_out_by_the_tokenizer_s_own_template(tokenizer, monkeypat
     assert [turn["role"] for turn in conversation(SHORT, "letters", SHOTS)] == ["user", "assistant"] * 2 + ["user"]
     assert texts(bm.make_loader([SHORT], tokenizer), tokenizer) == ["<s>" + prompt(SHORT, "letters")]  # only when asked for
     (batch,) = loader
-    assert batch["option_ids"].tolist() == [[option_token(tokenizer, " A"), option_token(tokenizer, " B")]]
+    assert batch["option_ids"].tolist() == [list(option_tokens(tokenizer, [" A", " B"]).values())]
 
 
 def test_a_chat_without_a_template_is_refused(tokenizer):
@@ -103,7 +103,7 @@ def test_a_long_passage_loses_its_end_and_nothing_else_is_touched(options, token
         (batch,) = loader
         assert batch["input_ids"][1][batch["attention_mask"][1] == 1].tolist() == by_words[n]
         assert loader.cut_passages == {"ice": len(ITEM["passage"]) - len(" ".join(WORDS[:n]))}
-        assert batch["option_ids"][1].tolist() == [option_token(tokenizer, f" {x}") for x in "ABC"]
+        assert batch["option_ids"][1].tolist() == list(option_tokens(tokenizer, [f" {x}" for x in "ABC"]).values())
         text = tokenizer.decode(by_words[n], clean_up_tokenization_spaces=False)
         assert "Question: does ice float?\nA. no\nB. yes\nC. at times" in text and text.endswith("Answer:")
 

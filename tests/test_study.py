@@ -140,6 +140,23 @@ def test_another_store_gives_the_same_numbers(store, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_every_copy_of_a_model_is_its_own(store, method):
+    """Read from disk once: what is done to a copy touches neither the next one nor another study's on the same folder."""
+    s = tiny(store, method=method)
+    for fresh in (lambda: s.map_model(0), lambda: s.base()[0], lambda: s._changed({"eval_batch": 3}).map_model(0)):
+        first = fresh()
+        before = {k: v.clone() for k, v in first.state_dict().items()}
+        with torch.no_grad():
+            for p in first.parameters():
+                p.add_(1.0)
+        first.train()
+        second = fresh()
+        assert not second.training and all(torch.equal(v, before[k]) for k, v in second.state_dict().items())
+    on_disk = tiny(store, method=method).map_model(0).state_dict()
+    assert all(torch.equal(v, on_disk[k]) for k, v in s.map_model(0).state_dict().items())
+
+
 def test_stages_are_what_they_say(store):
     """Not only found again, but right: each against the same thing done by hand."""
     s = tiny(store)
