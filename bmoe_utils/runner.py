@@ -17,9 +17,9 @@ from bmoe_utils.engine import spread
 
 PARAMETERS = ("profile", "task", "model", "overrides")         # what every notebook's `parameters` cell declares
 HEARTBEAT_S = 30
-# Side by side, these chapters begin first, in this order: the one whose models all others rest on, then the long ones, each beside
-# others that rest on other artefacts. Short ones fill what is left.
-EARLY = ("01", "08", "02", "03", "11", "07", "04", "09", "13", "06", "12")
+# Side by side, these chapters begin first, in this order: the one whose models all others rest on, beside it the one that has work to
+# do before these are there, then the long ones, each beside others that rest on other artefacts. Short ones fill what is left.
+EARLY = ("01", "13", "08", "02", "03", "11", "07", "06", "04", "09", "12")
 KERNEL_STARTS = 3                                      # tries, where a kernel dies before it has run anything
 
 
