@@ -103,7 +103,8 @@ def error_against_time(points, ax, *, ladder=None, xlabel="Fit (in units of the 
     for label, (look, times, errors, names) in (ladder or {}).items():
         ax.plot(times, errors, color=look.colour, marker=look.marker, markeredgecolor="white", linewidth=1.4, label=label)
         for index, (time, error, name) in enumerate(zip(times, errors, names)):
-            ax.annotate(name, (time, error), xytext=(0, -17 if index % 2 else 8), textcoords="offset points", ha="center", fontsize=10.5, color=NOTE)
+            beside = ((0, 8), (10, 6), (-6, 8), (2, -17))[index % 4]  # each on its own side: later settings lie close together
+            ax.annotate(name, (time, error), xytext=beside, textcoords="offset points", ha="center", fontsize=10.5, color=NOTE)
     for label, (look, time, error) in points.items():
         ax.plot(time, error, color=look.colour, marker=look.marker, markersize=11, markeredgecolor="white", linestyle="", label=label)
     if reference is not None:
