@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast, hashlib, json, math, os, re, shutil, sys, time, uuid
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from functools import cache, lru_cache
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def code_version(modules) -> str:
     return digest.hexdigest()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _source_hash(path: Path, modified: int) -> str:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
