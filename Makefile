@@ -45,10 +45,12 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	  $(PYTHON) -m venv $(VENV_ARGS) $(VENV) || { \
 	    echo "error: $(PYTHON) -m venv failed; on Debian and Ubuntu the package python3-venv holds it." >&2; exit 1; }; }
 	@echo "== installing into $(VENV) ($(if $(CONSTRAINTS),versions of $(CONSTRAINTS),newest versions in range)); minutes where nothing is cached"
-	@$(PY) -m pip install -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e . || { \
+	@$(PY) -m pip install -qq --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e . || { \
 	  echo "error: the installation failed; pip says why above (more: $(PY) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e .)" >&2; \
 	  $(if $(CONSTRAINTS),echo "If a pinned version does not exist for this Python or platform ($(CONSTRAINTS) was made with Python 3.11 on Linux):" >&2; \
 	  echo "  repeat with CONSTRAINTS= to install within the ranges of pyproject.toml; figures may then differ in the last digits." >&2;) exit 1; }
+	@# by all cores, where pip would use one, and without the libraries' own tests; what does not compile is no loss
+	@$(PY) -m compileall -qq -j 0 -x /tests/ $(VENV)/lib >/dev/null 2>&1 || true
 	@touch $(STAMP)
 
 # The libraries that tests and benchmarks compare with are optional: where they cannot be installed, those tests skip and say why. Without

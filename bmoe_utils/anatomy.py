@@ -158,6 +158,19 @@ def variant(of: study.Study, seed: int, *, epochs: int | None = None, smoothing:
     return of.store.json("variant", config, compute, modules=MODULES)
 
 
+def variants(of: study.Study, seed: int) -> dict[str, dict]:
+    """:func:`variant` of the model as trained and trained otherwise: for a quarter of the epochs, with smoothed labels, under the prior that
+    the evidence chose for the experts (and once more, under the one it then chooses), and under the one it chooses for all weights."""
+    K = kernels(of, seed)
+    whole = reach.best_precision(reach.spectrum(K, K.blocks, K.root()), sum(K.distance.values()))
+    out = {"as trained": variant(of, seed), "a quarter of the epochs": variant(of, seed, epochs=max(1, of.epochs // 4)),
+           "smoothed labels (0.1)": variant(of, seed, smoothing=0.1)}
+    for name, last in (("under the experts' prior", "as trained"), ("... and once more", "under the experts' prior")):
+        out[name] = variant(of, seed, precision={EXPERTS: out[last]["precision"]})
+    out["under a prior on all weights"] = variant(of, seed, precision=dict.fromkeys(K.blocks, whole))
+    return out
+
+
 def measure(of: study.Study, model: nn.Module, seed: int) -> dict:
     """The numbers of :func:`variant` for a model at hand."""
     load = lambda split, n=None: of.loader(of.task[split].subset(n))  # noqa: E731

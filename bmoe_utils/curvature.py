@@ -21,6 +21,9 @@ from torch import Tensor
 
 from .jacobians import Columns, Routes, drop_inactive, inner_products, item_jacobians, project
 
+# Of several prior precisions, as many are taken together as have weights of this many elements in all (16 MiB of float32).
+WEIGHTS = 2**22
+
 
 def softmax_hessian_root(logits: Tensor) -> Tensor:
     """``S [B, C, C-1]`` with ``S S^T = diag(p) - p p^T``, ``p = softmax(logits)``.
@@ -87,12 +90,13 @@ class Eigenbasis:
         if self.basis_a is not None:
             a, g = project(a, self.basis_a, routes), [project(x, self.basis_g, routes) for x in g]
         h, out = self.eigenvalues.to(a), []
-        for row in precision.to(a).view(-1, len(h), 1, 1):
+        for rows in precision.to(a).view(-1, len(h), 1, 1).split(max(1, WEIGHTS // max(1, h.numel()))):
             if low_rank:  # 1/(h + lambda) = 1/lambda - h/(h + lambda)/lambda: the prior everywhere, less what was learned
-                out.append((prior - inner_products(a, g, routes, h / (h + row))) / row[..., None])
+                out.append((prior - inner_products(a, g, routes, h / (h + rows))) / rows[..., None])
             else:
-                out.append(inner_products(a, g, routes, 1 / (h + row)))
-        return torch.stack(out).view(*precision.shape, *out[0].shape[1:])
+                out.append(inner_products(a, g, routes, 1 / (h + rows)))
+        out = torch.cat(out)
+        return out.view(*precision.shape, *out.shape[2:])
 
     def to(self, device: torch.device | str) -> Eigenbasis:
         return Eigenbasis(**{k: v.to(device) for k, v in self.tensors().items()})

@@ -146,7 +146,8 @@ def item_jacobians(a: Tensor, g: Columns, routes: Routes) -> Iterator[tuple[int,
 
 
 def inner_products(a: Tensor, g: Columns, routes: Routes, weight: Tensor | None = None, form: str | None = None) -> Tensor:
-    """``sum_ij w_e,ij J_k,ij J_k',ij`` of every expert and item, ``[E, B, K, K]``; ``weight [E, m_G, m_A] >= 0`` or all ones.
+    """``sum_ij w_e,ij J_k,ij J_k',ij`` of every expert and item, ``[E, B, K, K]``; ``weight [E, m_G, m_A] >= 0`` or all ones. Several,
+    ``weight [Q, E, m_G, m_A]``, share what does not depend on them: ``[Q, E, B, K, K]``.
 
     Two forms, the same to rounding. ``jacobian`` forms ``J`` (``m_G x m_A`` a pair). ``gram`` never does: with the slots' Gram
     matrix ``(A A^T)_tu = a_t . a_u`` it is ``sum_tu (A A^T)_tu g_k,t . g_k',u``, and with weights, ``sum_tui (sum_j w_ij a_tj a_uj)
@@ -154,10 +155,12 @@ def inner_products(a: Tensor, g: Columns, routes: Routes, weight: Tensor | None 
     weights where a pair has few slots.
     """
     K, m_g, m_a = len(g), g[0].shape[1], a.shape[1]
-    out = a.new_zeros(len(routes.counts), routes.num_items, K, K)
     area = m_g * m_a
     weighted = weight is not None
-    root = weight.sqrt() if weighted else None
+    several = weighted and weight.dim() == 4
+    weights = weight.unbind() if several else [weight]
+    roots = [w.sqrt() for w in weights] if weighted else weights
+    out = a.new_zeros(len(weights), len(routes.counts), routes.num_items, K, K)
 
     def grams(t: int) -> bool:
         """Whether ``gram`` needs fewer multiplications for a pair of ``t`` slots."""
@@ -173,23 +176,23 @@ def inner_products(a: Tensor, g: Columns, routes: Routes, weight: Tensor | None 
 
     for chunk in routes.chunks(elements, by_expert=weighted and area > SMALL_WEIGHT):
         p, t = chunk.index.shape
-        w = None
-        if weighted:
-            which = chunk.expert if chunk.only is None else chunk.only
-            w = (weight if grams(t) else root)[which]  # [p, m_G, m_A], or one expert's [m_G, m_A]
+        which = chunk.expert if chunk.only is None else chunk.only  # of a weight: [p, m_G, m_A], or one expert's [m_G, m_A]
         if not grams(t):
-            left = _form(a, g, chunk)
-            left = (left * w if weighted else left).view(K, p, area).transpose(0, 1)
-            out[chunk.expert, chunk.item] = left @ left.mT
+            J = _form(a, g, chunk)
+            for of, root in zip(out, roots, strict=True):
+                left = (J * root[which] if weighted else J).view(K, p, area).transpose(0, 1)
+                of[chunk.expert, chunk.item] = left @ left.mT
             continue
         a_p, g_p = _padded(a, g, chunk)
-        if not weighted:
-            left = (a_p @ a_p.mT) @ g_p  # [K, p, t, m_G]
-        else:
-            both = (a_p[:, :, None] * a_p[:, None]).view(p, t * t, m_a) @ w.mT  # [p, t t, m_G]
-            left = (both.view(p, t, t, m_g) * g_p[:, :, None]).sum(3)
-        out[chunk.expert, chunk.item] = left.view(K, p, t * m_g).transpose(0, 1) @ g_p.view(K, p, t * m_g).permute(1, 2, 0)
-    return out
+        right = g_p.view(K, p, t * m_g).permute(1, 2, 0)
+        both = (a_p[:, :, None] * a_p[:, None]).view(p, t * t, m_a) if weighted else a_p @ a_p.mT
+        for of, w in zip(out, weights, strict=True):
+            if weighted:  # sum_t over the other slot, [K, p, t, m_G]
+                left = ((both @ w[which].mT).view(p, t, t, m_g) * g_p[:, :, None]).sum(3)
+            else:
+                left = both @ g_p
+            of[chunk.expert, chunk.item] = left.view(K, p, t * m_g).transpose(0, 1) @ right
+    return out if several else out[0]
 
 
 def project(x: Tensor, basis: Tensor, routes: Routes) -> Tensor:

@@ -127,6 +127,25 @@ def test_variants_are_measured_and_kept(of, monkeypatch):
     assert anatomy.variant(s, 0) == plain
 
 
+def test_variants_are_each_trained_under_what_the_one_before_it_chose(of, monkeypatch):
+    s, asked = anatomy.regimes(of)["scratch"], []
+
+    def variant(of, seed, **options):
+        asked.append(options)
+        return {"precision": float(len(asked))}
+
+    monkeypatch.setattr(anatomy, "variant", variant)
+    found = anatomy.variants(s, 0)
+    k, experts = anatomy.kernels(s, 0), anatomy.EXPERTS
+    whole = asked[-1]["precision"]
+    assert asked[:-1] == [{}, {"epochs": max(1, s.epochs // 4)}, {"smoothing": 0.1}, {"precision": {experts: found["as trained"]["precision"]}},
+                          {"precision": {experts: found["under the experts' prior"]["precision"]}}]
+    assert list(whole) == k.blocks and len(set(whole.values())) == 1
+    around = whole[experts] * torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    evidence = reach.log_evidence(0.0, reach.spectrum(k, k.blocks, k.root()), sum(k.distance.values()), around)
+    assert evidence.argmax() == 1
+
+
 def test_drawn_weights_agree_with_linearisation_where_the_prior_is_tight(of):
     wide, tight = anatomy.linear_and_sampled(anatomy.regimes(of)["scratch"], 0, [1e-3, 1e8], num_samples=200)
     assert tight["sampled"] == pytest.approx(tight["linear"], rel=0.25)  # 200 samples, a median over 6 items

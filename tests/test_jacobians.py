@@ -36,6 +36,18 @@ def test_inner_products_agree_in_every_form(form, weighted, small, chunk, monkey
     torch.testing.assert_close(inner_products(a, g, routes, weight, form), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("form", ["jacobian", "gram"])
+@pytest.mark.parametrize("small", [0, 10**9])
+def test_several_weights_give_what_each_gives_alone_to_the_last_bit(form, small, chunk, monkeypatch):
+    monkeypatch.setattr(jacobians, "SMALL_WEIGHT", small)
+    a, g, routes = slots(S=60, d=5, f=4, seed=3)
+    weights = torch.rand(3, 4, 5, 4, dtype=torch.float64)
+    together = inner_products(a, g, routes, weights, form)
+    assert together.shape == (3, 4, 6, 3, 3)
+    assert torch.equal(together, torch.stack([inner_products(a, g, routes, w, form) for w in weights]))
+    assert inner_products(a, g, routes, weights[:1], form).shape == (1, 4, 6, 3, 3)
+
+
 def test_slots_without_gradient_and_experts_without_slots_change_nothing():
     a, g, routes = slots()
     g[:, ::3] = 0
