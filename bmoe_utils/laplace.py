@@ -314,12 +314,15 @@ class ExpertLaplace:
             for layer, (posterior, (slots, g)) in enumerate(zip(self._fitted(), captured, strict=True))
         ]
 
-    def predictive_logits(self, batch: Mapping[str, Tensor], prior_precision=None) -> tuple[Tensor, Tensor]:
+    def predictive_logits(self, batch: Mapping[str, Tensor], prior_precision=None, captured: tuple[Tensor, list] | None = None) -> tuple[Tensor, Tensor]:
         """Linearised (GLM) predictive of the class logits: mean ``[B, C]`` (-inf: no such option), covariance
-        ``[B, C, C] = sum over experts <J_c, Sigma J_c'>``, exact in the Jacobian. C backward passes."""
+        ``[B, C, C] = sum over experts <J_c, Sigma J_c'>``, exact in the Jacobian. C backward passes; none with what :meth:`captured`
+        gave for this batch, to this posterior or to another one over the same layers of the same model."""
         self._fitted()
-        with capturing(self.model):
-            mean, captured = self.captured(batch)
+        if captured is None:
+            with capturing(self.model):
+                captured = self.captured(batch)
+        mean, captured = captured
         parts = self._covariances(captured, self.prior_precision_by_expert(prior_precision).detach(), len(mean))
         cov = torch.stack([p.sum(0).to(mean.device) for p in parts]).sum(0)
         return mean, (cov + cov.mT) / 2
@@ -334,13 +337,14 @@ class ExpertLaplace:
                 generator = torch.Generator().manual_seed(self.options["seed"])
                 return curvature.sample_probabilities(mean, cov, num_samples, generator)
 
-    def __call__(self, batch: Mapping[str, Tensor], link_approx: str = "mc", num_samples: int = 1000) -> Tensor:
+    def __call__(self, batch: Mapping[str, Tensor], link_approx: str = "mc", num_samples: int = 1000,
+                 captured: tuple[Tensor, list] | None = None) -> Tensor:
         """Probabilities ``[B, C]`` of the options: ``mc`` (softmax averaged over logit samples), ``probit`` (closed form)
-        or ``map`` (the model's own, no posterior)."""
+        or ``map`` (the model's own, no posterior). ``captured``: as in :meth:`predictive_logits`."""
         _check(link_approx=link_approx)
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} must be at least 1")
-        return self._link(*self.predictive_logits(batch), link_approx, num_samples)
+        return self._link(*self.predictive_logits(batch, captured=captured), link_approx, num_samples)
 
     # ---- files ------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> None:

@@ -32,6 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from . import comparison, models, train
 from .artefacts import Store, atomic_write, code_version, fingerprint
+from .capture import capturing
 from .evaluate import Predictions, predict
 from .exact import joint_predictive, prior_predictive
 from .information import normal_points
@@ -88,6 +89,7 @@ class Study:
         vars(self).update(self.settings)
         self.store = store or Store()
         self._read: dict = {}
+        self._passed: tuple = None, []
         if self.embedded:
             # Matrices this small gain little from threads, lose a lot where cores are shared, and in one thread give the
             # same numbers on any number of cores.
@@ -346,9 +348,30 @@ class Study:
 
         def predictor() -> Callable:
             la = self.tuned_laplace(seed, **which)
-            return lambda batch: la(batch, link_approx=link_approx, num_samples=self.mc_samples)
+            captured = self._capturer(la, config["map"], split, items)
+            return lambda batch: la(batch, link_approx, self.mc_samples, captured(batch))
 
         return self.predictions("laplace", split, config | which, predictor, items=items, modules=POSTERIOR)
+
+    def _capturer(self, la: ExpertLaplace, *of) -> Callable:
+        """``la.captured`` for one pass over a split, ``of`` saying which. An embedded model's last pass is kept: another posterior over
+        the same layers and weights that is asked about the same questions next has its Jacobians already."""
+        key = (*of, *la.layers)
+        if self._passed[0] != key:
+            self._passed = key, []
+        kept, number = self._passed[1], count()
+
+        def captured(batch: Mapping) -> tuple:
+            i = next(number)
+            if i < len(kept):
+                return kept[i]
+            with capturing(la.model):
+                found = la.captured(batch)
+            if self.embedded:
+                kept.append(found)
+            return found
+
+        return captured
 
     # ---- baselines --------------------------------------------------------------------------------------------------
     def baseline_predictions(self, seed: int, name: str, split: str = "test", *, items: int | None = None, size: int | None = None,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bmoe_utils as bm
-from bmoe_utils import artefacts, evaluate, metrics, models, study, train, world
+from bmoe_utils import artefacts, columns, evaluate, metrics, models, study, train, world
 from bmoe_utils.artefacts import Store
 from bmoe_utils.study import PROFILES, Study
 
@@ -191,6 +191,29 @@ def test_laplace_predictions_use_the_tuned_prior_and_the_options(store):
         assert s.tuned_laplace(0).prior_precision.shape == (1,)  # by layer
     (batch,) = s.loader(s.task["test"])
     np.testing.assert_allclose(saved.probs, la(batch, link_approx="probit").numpy(), atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.*prior precisions reached the end:UserWarning")
+def test_a_second_posterior_has_the_first_one_s_jacobians_but_not_another_split_s_or_seed_s(store, monkeypatch):
+    s, passes = tiny(store, eval_batch=4), []
+    monkeypatch.setattr(bm.laplace, "read_out", lambda *args: passes.append(args) or columns.read_out(*args))
+    diagonal = dict(hessian_structure="diag", granularity="global")
+
+    def backward_passes(split, seed=0, **options):
+        s.tuned_laplace(seed, **options)
+        passes.clear()
+        return s.laplace_predictions(seed, split, **options), len(passes)
+
+    first, number = backward_passes("test", granularity="global")
+    assert number == len(s.loader(s.task["test"])) > 1
+    said, number = backward_passes("test", **diagonal)
+    assert number == 0
+    la = s.tuned_laplace(0, **diagonal)
+    alone = evaluate.predict(lambda batch: la(batch, num_samples=s.mc_samples), s.loader(s.task["test"]))
+    np.testing.assert_array_equal(said.probs, alone.probs)
+    assert (said.probs != first.probs).any()
+    for split, seed in (("validation", 0), ("test", 0), ("test", 1)):  # "test" is by then no longer the last
+        assert backward_passes(split, seed, hessian_structure="full")[1] == len(s.loader(s.task[split]))
 
 
 CHANGES = {"base": {"width": 8, "pretrain_steps": 4, "pretrain_lines": 2900, "architecture": "olmoe", "vocab_size": 4000},
