@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bmoe_utils.artefacts import project_root
-from bmoe_utils.costs import Shape, model_flops, model_parameters
 
 MODELS = {"ibm-granite/granite-3.1-3b-a800m-instruct": "granite-3.x-3b-a800m", "Qwen/Qwen1.5-MoE-A2.7B": "Qwen1.5-MoE-A2.7B",
           "deepseek-ai/deepseek-moe-16b-base": "deepseek-moe-16b"}
@@ -81,6 +80,7 @@ class Estimate:
 def estimate(cell: Cell, settings: Mapping, rates: Mapping[str, float] | None = None) -> Estimate:
     """Seconds and GiB of one cell. ``rates``: model -> seconds that a token's pass was measured to take (:func:`measured_rates`);
     without one, the larger of what the arithmetic and what reading every weight once a batch take on an H200 by its data sheet."""
+    from bmoe_utils.costs import Shape, model_flops, model_parameters     # not above: it brings torch, and the command line answers at once
     shape = Shape.of(MODELS[cell.model])
     options, tokens = TASKS[cell.task]
     weights = 2 * model_parameters(shape)
@@ -100,6 +100,7 @@ def measured_rates(path: Path | None = None) -> dict[str, float]:
         content = json.loads((path or project_root() / "data" / "bench" / "gpu_shapes.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    from bmoe_utils.costs import model_flops
     rates = {}
     for model, name in MODELS.items():
         if row := content.get("models", {}).get(name):

@@ -19,7 +19,7 @@ PARAMETERS = ("profile", "task", "model", "overrides")         # what every note
 HEARTBEAT_S = 30
 # Side by side, these chapters begin first, in this order: the one whose models all others rest on, beside it the one that has work to
 # do before these are there, then the long ones, each beside others that rest on other artefacts. Short ones fill what is left.
-EARLY = ("01", "13", "08", "02", "03", "11", "07", "06", "04", "09", "12")
+EARLY = ("01", "13", "08", "02", "11", "07", "06", "03", "04", "09", "12")
 KERNEL_STARTS = 3                                      # tries, where a kernel dies before it has run anything
 
 
@@ -29,7 +29,7 @@ class UsageError(Exception):
 
 def profiles() -> dict[str, dict]:
     """Profile name -> settings, as the study defines them."""
-    from bmoe_utils.study import PROFILES
+    from bmoe_utils.profiles import PROFILES
     return PROFILES
 
 
@@ -154,7 +154,7 @@ class Plan:
     @property
     def embedded(self) -> bool:
         """Whether the model is the study's own small one."""
-        from bmoe_utils.study import MODELS
+        from bmoe_utils.profiles import MODELS
         return (self.model or MODELS.get(self.profile)) is None
 
     def parameters(self) -> dict:

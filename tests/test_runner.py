@@ -55,6 +55,14 @@ def test_list_and_profiles(project, capsys):
     assert out.startswith("01  Title of 01_one\n    Claim. It runs alone.\n02  Title of 02_two\n") and "cpu\n    epochs = 9\n" in out
 
 
+@pytest.mark.parametrize("request_", [["list"], ["profiles"], ["reproduce", "--profile", "cpu", "--dry-run"]])
+def test_the_command_line_answers_without_torch(root, request_):
+    code = f"import sys\nfrom bmoe_utils.__main__ import main\nassert main({request_}) == 0\nprint('torch' in sys.modules)"
+    env = {k: v for k, v in os.environ.items() if k != "BMOE_ROOT"}
+    said = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
+    assert said.returncode == 0 and said.stdout.splitlines()[-1] == "False", said.stderr
+
+
 def test_values_are_json_or_text(monkeypatch):
     monkeypatch.setattr(runner, "profiles", lambda: {"cpu": {"a": 1, "b": [1], "c": "x", "d": None}})
     given = ["a=2.5", "b=[1,2]", "c=kron", "d=a=b"]
