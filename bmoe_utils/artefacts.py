@@ -6,7 +6,7 @@ recomputes nothing and an interrupted build never looks finished.
 """
 from __future__ import annotations
 
-import ast, hashlib, json, math, os, re, shutil, sys, time, uuid
+import ast, hashlib, io, json, math, os, re, shutil, sys, time, uuid
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cache
@@ -286,10 +286,42 @@ def latex(table, *, index: bool = True) -> str:
 
 
 def save_figure(fig, chapter: str, name: str, numbers=None, *, dpi: int = 150) -> Path:
-    """Write `fig` as <chapter>_<name>.png, and its numbers beside it. The same figure gives the same bytes."""
-    import io
-    buffer = io.BytesIO()                             # no software version in it, or an upgrade would touch every figure
-    fig.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None}, pil_kwargs={"optimize": True})
+    """Write `fig` as <chapter>_<name>.png, and its numbers beside it; in a notebook, show it as it was written and close it.
+
+    The same figure gives the same bytes, and one that is there already, pixel by pixel, keeps those it has, whatever library wrote them.
+    """
+    from PIL import Image
+    path, drawn, png = _target(chapter, name, ".png"), io.BytesIO(), io.BytesIO()
+    # no software version in it, or an upgrade would touch every figure
+    fig.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None}, pil_kwargs={"compress_level": 1})
+    with Image.open(drawn) as picture:
+        if _pixels(path) == (picture.size, picture.tobytes()):
+            png.write(path.read_bytes())
+        else:
+            picture.save(png, format="png", dpi=(dpi, dpi), optimize=True)
+    png = png.getvalue()
     if numbers is not None:
         save_result(chapter, name, numbers)
-    return atomic_write(_target(chapter, name, ".png"), buffer.getvalue())
+    _show(fig, png, dpi)
+    return atomic_write(path, png)
+
+
+def _pixels(path: Path) -> tuple | None:
+    """The picture's size and pixels, if there is one."""
+    from PIL import Image
+    try:
+        with Image.open(path) as picture:
+            return picture.size, picture.tobytes()
+    except OSError:
+        return None
+
+
+def _show(fig, png: bytes, dpi: int):
+    """In a notebook, in place of what the inline backend would draw at the cell's end, which takes as long again."""
+    import matplotlib
+    if "inline" not in matplotlib.get_backend():
+        return
+    import matplotlib.pyplot as plt
+    from IPython.display import Image, display
+    plt.close(fig)
+    display(Image(png, width=int.from_bytes(png[16:20], "big") * 100 // dpi))    # a PNG's bytes 16 to 19 are its width

@@ -236,6 +236,36 @@ def test_same_figure_same_bytes(project, monkeypatch):
     assert second.stat().st_size < 100_000 and b"Matplotlib" not in second.read_bytes()
 
 
+def test_a_figure_that_is_there_keeps_its_bytes_and_another_replaces_it(project):
+    from PIL import Image
+    path = save_figure(_figure(), "04", "line")
+    ours = path.read_bytes()
+    with Image.open(path) as picture:
+        picture.save(path, compress_level=1)          # as another zlib might have written it
+    theirs = path.read_bytes()
+    assert theirs != ours and save_figure(_figure(), "04", "line").read_bytes() == theirs
+    other = _figure()
+    other.axes[0].set_title("another")
+    replaced = save_figure(other, "04", "line").read_bytes()
+    assert replaced not in (ours, theirs)
+    path.write_bytes(theirs[:1000])                   # damaged
+    assert save_figure(_figure(), "04", "line").read_bytes() == ours
+
+
+def test_in_a_notebook_a_figure_is_shown_once_as_it_was_written(project, monkeypatch):
+    import IPython.display
+    import matplotlib.pyplot as plt
+    fig, shown = _figure(), []
+    save_figure(fig, "04", "line")
+    assert plt.fignum_exists(fig.number)
+    monkeypatch.setattr("matplotlib.get_backend", lambda: "inline")
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    path = save_figure(fig, "04", "line")
+    (image,) = shown
+    assert image.data == path.read_bytes() and not plt.fignum_exists(fig.number)
+    assert image.width == plt.imread(path).shape[1] * 100 // 150      # written at 150 pixels an inch, shown at 100
+
+
 def test_results_are_plain_and_rounded(project):
     path = save_result("04", "table", {"nll": np.float32(1.23456789), "probs": torch.tensor([0.5, 1 / 3]), "n": np.int64(3), "none": float("nan"), 1: "x"})
     assert json.loads(path.read_text()) == {"nll": 1.23457, "probs": [0.5, 0.333333], "n": 3, "none": None, "1": "x"}
