@@ -291,19 +291,20 @@ def save_figure(fig, chapter: str, name: str, numbers=None, *, dpi: int = 150) -
     The same figure gives the same bytes, and one that is there already, pixel by pixel, keeps those it has, whatever library wrote them.
     """
     from PIL import Image
-    path, drawn, png = _target(chapter, name, ".png"), io.BytesIO(), io.BytesIO()
+    path, drawn, written = _target(chapter, name, ".png"), io.BytesIO(), io.BytesIO()
     # no software version in it, or an upgrade would touch every figure
     fig.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None}, pil_kwargs={"compress_level": 1})
     with Image.open(drawn) as picture:
+        width = picture.width
         if _pixels(path) == (picture.size, picture.tobytes()):
-            png.write(path.read_bytes())
+            written.write(path.read_bytes())
         else:
-            picture.save(png, format="png", dpi=(dpi, dpi), optimize=True)
-    png = png.getvalue()
+            picture.save(written, format="png", dpi=(dpi, dpi), optimize=True)
     if numbers is not None:
         save_result(chapter, name, numbers)
-    _show(fig, png, dpi)
-    return atomic_write(path, png)
+    atomic_write(path, written.getvalue())
+    _show(fig, written.getvalue(), width * 100 // dpi)
+    return path
 
 
 def _pixels(path: Path) -> tuple | None:
@@ -316,7 +317,7 @@ def _pixels(path: Path) -> tuple | None:
         return None
 
 
-def _show(fig, png: bytes, dpi: int):
+def _show(fig, png: bytes, width: int):
     """In a notebook, in place of what the inline backend would draw at the cell's end, which takes as long again."""
     import matplotlib
     if "inline" not in matplotlib.get_backend():
@@ -324,4 +325,4 @@ def _show(fig, png: bytes, dpi: int):
     import matplotlib.pyplot as plt
     from IPython.display import Image, display
     plt.close(fig)
-    display(Image(png, width=int.from_bytes(png[16:20], "big") * 100 // dpi))    # a PNG's bytes 16 to 19 are its width
+    display(Image(png, width=width))
