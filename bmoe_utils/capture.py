@@ -8,7 +8,8 @@ there computes what the stock implementations compute, sorted by expert, and kee
 
 so that ``d f_c / d z`` is all that has to be differentiated: the Jacobian with respect to an expert's weight is
 ``J_{n,c} = sum_{t in n} g_{t,c} a_t^T`` and no weight gradient is ever built (every parameter is frozen meanwhile).
-Experts that are modules of their own (:mod:`unfused`) give the same through hooks.
+Experts are not asked for what nothing depends on: padding, and other positions than the answer's where these are known to have
+no gradient (in most models the last layer's). Experts that are modules of their own (:mod:`unfused`) give the same through hooks.
 """
 
 from __future__ import annotations
@@ -53,7 +54,15 @@ class Tape:
 
     real: Tensor  # [B, T] bool: True on real tokens, False on padding
     names: dict[nn.Module, str] = field(default_factory=dict)
+    answer_only: frozenset[str] = frozenset()  # layers of which only the answer's position is wanted
     slots: list[Slots] = field(default_factory=list)
+
+    def wanted(self, module: nn.Module) -> Tensor:
+        """Which of the batch's tokens, row by row, a layer's experts have to serve, ``[B * T]`` bool."""
+        wanted = self.real.clone()
+        if self.names.get(module) in self.answer_only:
+            wanted[:, :-1] = False
+        return wanted.flatten()
 
     def record(self, module: nn.Module, a: Tensor, z: tuple[Tensor, ...], expert: Tensor, token: Tensor) -> None:
         """A layer's slots, padding and all, sorted by expert: ``a [S_all, f]``, ``z`` of as many rows, ``expert`` and ``token``
@@ -97,6 +106,9 @@ def _capturing_experts(
     """The experts' forward of transformers (any layout its registry serves), recording ``a`` and ``z`` on the tape."""
     k = top_k_index.shape[-1]
     expert, order = top_k_index.reshape(-1).sort(stable=True)
+    if _tape is not None and _tape.real.numel() == len(hidden_states):
+        chosen = _tape.wanted(module).to(order.device)[order // k].nonzero().squeeze(1)
+        expert, order = expert[chosen], order[chosen]
     token = order // k
     counts = torch.bincount(expert, minlength=module.num_experts)
     if counts.numel() > module.num_experts:
@@ -119,7 +131,7 @@ def _capturing_experts(
         _tape.record(module, a, (z,), expert, token)
     y = module.post_expert_norm(z) if getattr(module, "has_post_expert_norm", False) else z
     y = y * top_k_weights.reshape(-1)[order, None]
-    y = torch.empty_like(y).index_copy(0, order, y)  # back to token order: a sum over k then needs no atomics
+    y = y.new_zeros(top_k_index.numel(), y.shape[-1]).index_copy(0, order, y)  # in token order: a sum over k then needs no atomics
     return y.view(-1, k, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
@@ -242,14 +254,15 @@ def capturing(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def recording(model: nn.Module, names: Sequence[str], attention_mask: Tensor) -> Iterator[Tape]:
+def recording(model: nn.Module, names: Sequence[str], attention_mask: Tensor, answer_only: Sequence[str] = ()) -> Iterator[Tape]:
     """Records the next forward pass of the named layers. Only inside :func:`capturing`.
 
-    ``attention_mask [B, T]``: nonzero on real tokens; slots of padding are dropped.
+    ``attention_mask [B, T]``: nonzero on real tokens; slots of padding are dropped. ``answer_only``: those of the layers whose slots at
+    other positions than the last one are dropped as well. Fused experts compute nothing for what is dropped.
     """
     global _tape
     layers = expert_layers(model)
-    tape = Tape(attention_mask.bool(), {bare(layers[name]): name for name in names})
+    tape = Tape(attention_mask.bool(), {bare(layers[name]): name for name in names}, frozenset(answer_only))
     _tape = tape
     try:
         with ExitStack() as stack:

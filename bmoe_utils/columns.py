@@ -13,13 +13,15 @@ from .jacobians import Routes
 from .models import option_logits, to_device
 
 
-def read_out(model: nn.Module, layers: Sequence[str], batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Slots]]:
-    """The class logits ``[B, C]`` in the graph, and the slots of the ``layers``, in their order and with ``a`` at least float32.
+def read_out(model: nn.Module, layers: Sequence[str], batch: Mapping[str, Tensor],
+             answer_only: Sequence[str] = ()) -> tuple[Tensor, list[Slots]]:
+    """The class logits ``[B, C]`` in the graph, and the slots of the ``layers``, in their order and with ``a`` at least float32; of
+    those in ``answer_only``, which have a gradient at the answer's position alone, where that is cheaper only the slots there.
 
     Inside ``capture.capturing(model)``.
     """
     batch = to_device(batch, model)
-    with recording(model, layers, batch["attention_mask"]) as tape:
+    with recording(model, layers, batch["attention_mask"], answer_only) as tape:
         logits = option_logits(model, batch)
     position = {name: i for i, name in enumerate(layers)}
     for slots in tape.slots:

@@ -50,6 +50,8 @@ class Fit:
         self.stage = self.batches = self.items = self.seen = 0
         self.log_likelihood, self.labelled, self.digest = 0.0, True, ""
         self.tokens = torch.zeros(len(self.layers), max(shape[0] for shape in self.shapes), dtype=torch.long)
+        # At other positions than the answer's: slots, counted once a column, and those of them that had a gradient.
+        self.elsewhere = torch.zeros(len(self.layers), 2, dtype=torch.long)
         self.marks: list[int] = []  # of this rank's items, where there are several
 
     def _groups(self, budget: int | None) -> list[list[int]]:
@@ -107,6 +109,7 @@ class Fit:
                 resumed = False
                 self._end_stage()
         self.ranks.total(self.tokens)
+        self.ranks.total(self.elsewhere)
         items, self.log_likelihood, unlabelled = self.ranks.total(
             torch.tensor([self.items, self.log_likelihood, not self.labelled], dtype=torch.float64)).tolist()
         self.items, self.labelled = int(items), not unlabelled
@@ -214,11 +217,15 @@ class Fit:
         z = layers[0].z[0]
         buffer = z.new_empty(max(len(s.a) for s in layers), z.shape[-1])
         for gradients in backward_passes(logits, layers, v):
-            for slots, sums in zip(reversed(layers), reversed(self.sums), strict=True):  # in the order of the backward pass
+            # in the order of the backward pass
+            for i, slots, sums in zip(reversed(group), reversed(layers), reversed(self.sums), strict=True):
                 g = slot_rows(gradients.pop(), slots, buffer)
                 energy = torch.linalg.vecdot(g, g)
                 if not energy.sum().isfinite():
                     raise ValueError(f"batch {number}, layer {slots.name!r}: a gradient is not finite, or its square is not")
+                others, reached = ~slots.last, energy > 0
+                if reached[slots.last].any():  # a column without a gradient says nothing
+                    self.elsewhere[i] += torch.tensor([int(others.sum()), int(reached[others].sum())])
                 sums.column(g, energy)
                 del g
         for sums in self.sums:
@@ -234,7 +241,7 @@ class Fit:
     def _open(self, folder: str | Path | None) -> bool:
         """Takes up what ``folder`` holds, if anything. ``ValueError`` where that is damaged or another fit's; it is left as it is."""
         key = {} if folder is None else {
-            "format": 2, "options": self.options, "layers": self.layers, "shapes": self.shapes,
+            "format": 3, "options": self.options, "layers": self.layers, "shapes": self.shapes,
             "stages": self.stages, "model": model_fingerprint(self.model)}
         if folder is not None and self.ranks.size > 1:  # each rank has its own below it
             folder, name = Path(folder), f"rank-{{}}-of-{self.ranks.size}"
@@ -256,13 +263,13 @@ class Fit:
         self.begin()
         for k, sums in enumerate(self.sums):
             sums.restore(_under(f"sums.{k}", tensors))
-        self.tokens = tensors["tokens"]
+        self.tokens, self.elsewhere = tensors["tokens"], tensors["elsewhere"]
         for name in CARRIED:
             setattr(self, name, values[name])
         return True
 
     def _save(self) -> None:
-        tensors = {"tokens": self.tokens}
+        tensors = {"tokens": self.tokens, "elsewhere": self.elsewhere}
         tensors |= {f"sums.{k}.{name}": v for k, sums in enumerate(self.sums) for name, v in sums.state().items()}
         tensors |= {f"done.{i}.{k}": v for i, p in enumerate(self.posteriors) if p is not None for k, v in p.tensors().items()}
         values = {"stage": self.stage} | {name: getattr(self, name) for name in CARRIED}

@@ -128,7 +128,10 @@ def _padded(a: Tensor, g: Columns, chunk: Chunk) -> tuple[Tensor, Tensor]:
     those of ``g`` meets a zero."""
     p, t = chunk.index.shape
     flat = chunk.index.flatten()
-    return a[flat].view(p, t, -1) * chunk.real[:, :, None], torch.stack([x[flat] for x in g]).view(len(g), p, t, -1)
+    rows = g[0].new_empty(len(g), len(flat), g[0].shape[1])
+    for out, x in zip(rows, g, strict=True):  # each in its place: the copy that stacking makes costs as much again
+        torch.index_select(x, 0, flat, out=out)
+    return a.index_select(0, flat).view(p, t, -1) * chunk.real[:, :, None], rows.view(len(g), p, t, -1)
 
 
 def _form(a: Tensor, g: Columns, chunk: Chunk) -> Tensor:

@@ -107,6 +107,7 @@ class ExpertLaplace:
         self.log_likelihood: float | None = None
         self.num_items = 0
         self.tokens_per_expert: Tensor | None = None  # [L, E] routed real tokens of the fitting set
+        self.answer_only: list[str] = []  # layers of whose positions the fit saw the answer's alone to have a gradient
 
     # ---- prior ------------------------------------------------------------------------------------------------------
     @property
@@ -159,7 +160,7 @@ class ExpertLaplace:
         ``cotangents(logits) -> [K, B, C]``, by default one per class. Returns the class logits ``[B, C]`` (detached) and per layer
         ``(Slots, K gradients [S, d])``, at least float32 (:func:`columns.captured_columns`).
         """
-        logits, layers = read_out(self.model, self.layers, batch)
+        logits, layers = read_out(self.model, self.layers, batch, self.answer_only)
         v = (cotangents or _every_class)(logits.detach())
         return logits.detach(), captured_columns(logits, layers, v)
 
@@ -194,6 +195,8 @@ class ExpertLaplace:
         self.posteriors = fit.posteriors
         self._distance = self._squared_distance(self._prior_mean)  # of the weights as they are now
         self.tokens_per_expert, self.num_items = fit.tokens, fit.items
+        self.answer_only = [name for name, (others, reached) in zip(self.layers, fit.elsewhere.tolist(), strict=True)
+                            if others and not reached]
         self.log_likelihood = fit.log_likelihood if fit.labelled else None
         share = self.options["rank"]
         if isinstance(share, float) and (missed := (self.captured_energy < share).sum()):

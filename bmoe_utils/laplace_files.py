@@ -19,7 +19,7 @@ def save(la, folder: str | Path) -> None:
     tensors = {f"{i}.{k}": v.cpu() for i, p in enumerate(la.posteriors) for k, v in p.tensors().items()}
     tensors |= {"prior_precision": la.prior_precision, "distance": la._distance, "tokens": la.tokens_per_expert}
     values = {"options": la.options, "layers": la.layers, "shapes": la.shapes, "num_items": la.num_items,
-              "log_likelihood": la.log_likelihood}
+              "log_likelihood": la.log_likelihood, "answer_only": la.answer_only}
     FILES.save(folder, tensors, values, la.model)
 
 
@@ -37,7 +37,7 @@ def load(cls: type, folder: str | Path, model: nn.Module, expected: Mapping):
         raise ValueError(f"{folder}: layer shapes {saved['shapes']} do not fit the model's {la.shapes}")
     la.prior_precision = tensors.pop("prior_precision")
     la._distance, la.tokens_per_expert = tensors.pop("distance"), tensors.pop("tokens")
-    la.num_items, la.log_likelihood = saved["num_items"], saved["log_likelihood"]
+    la.num_items, la.log_likelihood, la.answer_only = saved["num_items"], saved["log_likelihood"], saved.get("answer_only", [])
     la.posteriors = []
     for i, module in enumerate(la._modules):
         named = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{i}.")}

@@ -42,6 +42,38 @@ def test_jacobians_of_a_padded_batch_equal_those_of_its_items_alone(architecture
     torch.testing.assert_close(captured_jacobians(model, batch)[0], autograd_jacobians(model, batch)[0], **ACROSS_SHAPES)
 
 
+def test_experts_serve_only_what_an_answer_depends_on(architecture, monkeypatch):
+    """Padding goes through no expert. In the last layer, once the fit has met no gradient elsewhere, only the answers' positions do,
+    and the predictive is what it was."""
+    model, batch, rows = tiny_model(architecture), tiny_batch(), []
+    grouped = capture._grouped_linear
+    monkeypatch.setattr(capture, "_grouped_linear", lambda x, weight, counts: rows.append(len(x)) or grouped(x, weight, counts))
+    k = model.config.num_experts_per_tok
+    real, answers = int(batch["attention_mask"].sum()) * k, len(batch["labels"]) * k
+    assert real < batch["attention_mask"].numel() * k
+
+    la = fitted(model, [batch])
+    assert rows == [real] * 4  # two layers of two linears: the curvature's input factor is over all real tokens
+    assert la.answer_only == la.layers[-1:]
+    rows.clear()
+    mean, cov = la.predictive_logits(batch)
+    assert rows == [real] * 2 + [answers] * 2
+    la.answer_only, rows[:] = [], []
+    for got, expected in zip((mean, cov), la.predictive_logits(batch), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    assert rows == [real] * 4
+
+
+def test_a_fit_that_sees_no_gradient_or_no_other_position_leaves_none_out():
+    """Of one option the answer is certain and has no gradient; of one token there is no other position. Neither says that the answer
+    depends on nothing else."""
+    model, batch = tiny_model(), tiny_batch()
+    certain = batch | {"option_ids": batch["option_ids"][:, :1], "labels": torch.zeros_like(batch["labels"])}
+    assert fitted(model, [certain], fisher="empirical").answer_only == []
+    assert fitted(model, [tiny_batch(length=1, ragged=False)]).answer_only == []
+    assert fitted(model, [certain, batch], fisher="empirical").answer_only == ["model.layers.1.mlp.experts"]
+
+
 def test_capture_forward_equals_the_stock_one_in_float32(architecture):
     model, batch = tiny_model(architecture, dtype=torch.float32), tiny_batch()
     stock = option_logits(model, batch)

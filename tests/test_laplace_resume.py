@@ -32,7 +32,7 @@ def fit(model, folder=None, batches=BATCHES, every=2, **options):
 def same(one, other):
     """Everything a fit leaves, bit for bit."""
     assert (one.log_likelihood, one.num_items) == (other.log_likelihood, other.num_items)
-    assert torch.equal(one.tokens_per_expert, other.tokens_per_expert)
+    assert torch.equal(one.tokens_per_expert, other.tokens_per_expert) and one.answer_only == other.answer_only
     for p, q in zip(one.posteriors, other.posteriors, strict=True):
         assert p.tensors().keys() == q.tensors().keys()
         assert all(torch.equal(v, q.tensors()[k]) or v.isnan().any() for k, v in p.tensors().items())

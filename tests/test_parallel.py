@@ -75,7 +75,7 @@ def fit(model, batches, group="world", **options):
 
 def same_bits(one, other):
     assert (one.num_items, one.log_likelihood) == (other.num_items, other.log_likelihood)
-    assert torch.equal(one.tokens_per_expert, other.tokens_per_expert)
+    assert torch.equal(one.tokens_per_expert, other.tokens_per_expert) and one.answer_only == other.answer_only
     for p, q in zip(one.posteriors, other.posteriors, strict=True):
         assert p.tensors().keys() == q.tensors().keys()
         assert all(torch.equal(v.nan_to_num(-1), q.tensors()[k].nan_to_num(-1)) for k, v in p.tensors().items())

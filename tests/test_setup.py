@@ -64,7 +64,7 @@ def test_nothing_asks_for_torchvision_or_cuda(listed, pinned):
 def test_package_imports_only_what_is_listed(root, listed):
     """A module that is there by luck (through another package) would be missing on the next machine."""
     import ast
-    names = {"sklearn": "scikit-learn"}
+    names = {"sklearn": "scikit-learn", "PIL": "pillow"}
     known = {canonicalize_name(item.name) for item in listed} | {"bmoe-utils"}
     for path in sorted((root / "bmoe_utils").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
