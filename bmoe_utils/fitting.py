@@ -71,6 +71,11 @@ class Fit:
             room -= need
         return groups
 
+    @property
+    def answer_only(self) -> list[str]:
+        """The layers where of all positions the answer's alone had a gradient so far: behind them nothing looks back."""
+        return [name for name, (others, reached) in zip(self.layers, self.elsewhere.tolist(), strict=True) if others and not reached]
+
     def begin(self) -> None:
         """Empty sums for the current stage."""
         _, group = self.stages[self.stage]

@@ -195,8 +195,7 @@ class ExpertLaplace:
         self.posteriors = fit.posteriors
         self._distance = self._squared_distance(self._prior_mean)  # of the weights as they are now
         self.tokens_per_expert, self.num_items = fit.tokens, fit.items
-        self.answer_only = [name for name, (others, reached) in zip(self.layers, fit.elsewhere.tolist(), strict=True)
-                            if others and not reached]
+        self.answer_only = fit.answer_only
         self.log_likelihood = fit.log_likelihood if fit.labelled else None
         share = self.options["rank"]
         if isinstance(share, float) and (missed := (self.captured_energy < share).sum()):

@@ -72,7 +72,7 @@ def measure(args) -> dict:
     fit_on = list(study.loader(study.train_items(0)))
     items = list(study.loader(study.task["test"].subset(args.items)))
     la = bm.ExpertLaplace(model).fit(fit_on, progress=False)
-    precision = float(la.optimize_prior_precision(granularity="global"))
+    precision, answer_only = float(la.optimize_prior_precision(granularity="global")), la.answer_only
 
     reference = bm.ExpertLaplace(model, prior_precision=precision)
     exact = []
@@ -85,7 +85,8 @@ def measure(args) -> dict:
     for _ in range(args.repeats):
         with capturing(model):
             for name, columns, data in (("fit, exact", lambda C: C - 1, fit_on), ("fit, mc", lambda C: 1, fit_on), ("predict", int, items)):
-                floors[name].append(timed("cpu", lambda: [floor(model, b, columns(b["option_ids"].shape[1])) for b in data]))
+                narrow = answer_only if name == "predict" else ()
+                floors[name].append(timed("cpu", lambda: [floor(model, b, columns(b["option_ids"].shape[1]), answer_only=narrow) for b in data]))
         for name, options in VARIANTS.items():
             la = bm.ExpertLaplace(model, prior_precision=precision, **options)
             fits[name].append(timed("cpu", lambda: la.fit(fit_on, progress=False)))

@@ -3,6 +3,8 @@
     floor of a fit          a forward pass and one backward pass to the experts' outputs per Fisher column
     floor of a prediction   a forward pass and C such backward passes
 
+Neither computes experts for padding, nor a prediction in the last layer for other positions than the answer's, as the methods do not.
+
 Everything is measured in one process, variants in turn on the same batch, so that a slow minute of the machine falls on all of
 them; on the CPU in processor seconds, which leave out the waiting for other processes. A ratio is the median over batches of
 (variant / floor of that batch), each the least of ``--tries``. What does not come with every batch, the sketches' restarts and the
@@ -42,10 +44,11 @@ class Outputs(capture.Tape):
         self.slots.extend(z)
 
 
-def floor(model, batch, K: int, batched: bool = False) -> None:
+def floor(model, batch, K: int, batched: bool = False, answer_only=()) -> None:
     """A forward and ``K`` backward passes, with the same kernels as the capture and none of its bookkeeping."""
     batch = to_device(batch, model)
-    tape = Outputs(batch["attention_mask"].bool(), {module: name for name, module in expert_layers(model).items()})
+    names = {module: name for name, module in expert_layers(model).items()}
+    tape = Outputs(batch["attention_mask"].bool(), names, frozenset(answer_only))
     capture._tape = tape
     try:
         logits = option_logits(model, batch)
@@ -174,9 +177,10 @@ def measure(args, architecture: str) -> dict:
                 fitted[name] = la, end
                 rows[f"fit, {fisher}, {name}"] = f"floor of a fit, {fisher}", step
         rows["floor of a fit, exact, one batched backward"] = "floor of a fit, exact", lambda batch: floor(model, batch, C - 1, True)
-        rows["floor of a prediction"] = None, lambda batch: floor(model, batch, C)
+        answer_only = fit.answer_only
+        rows["floor of a prediction"] = None, lambda batch: floor(model, batch, C, answer_only=answer_only)
         for name, (la, end) in fitted.items():
-            la.posteriors = end()  # of one batch, enough to predict with
+            la.posteriors, la.answer_only = end(), answer_only  # of one batch, enough to predict with
             rows[f"predict, {name}"] = "floor of a prediction", lambda batch, la=la: predict(la, batch)
 
         steps = args.items // args.batch

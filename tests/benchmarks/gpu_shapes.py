@@ -98,10 +98,10 @@ def measure(name: str, args, device: str) -> dict:
            "layers": costs.Shape.of(shape).moe_layers, "experts": costs.Shape.of(shape).moe_layers * costs.Shape.of(shape).experts,
            "fit_items": len(fit_on) * args.batch, "predict_items": len(test) * args.batch, "fit_tokens": tokens["fit"], "predict_tokens": tokens["predict"]}
 
-    def floors(data, K):
+    def floors(data, K, answer_only=()):
         with capturing(model):
             for batch in data:
-                floor(model, batch, K)
+                floor(model, batch, K, answer_only=answer_only)
 
     la = bm.ExpertLaplace(model, fisher="exact", rank=args.rank)
     floors(fit_on[:1], 1)  # kernels are chosen and compiled at their first call
@@ -114,7 +114,7 @@ def measure(name: str, args, device: str) -> dict:
     row["peak_gb"] = peak_of(device)
     la.predictive_logits(test[0])
     reset(device)
-    row["predict_floor_seconds"] = timed(device, lambda: floors(test, C))
+    row["predict_floor_seconds"] = timed(device, lambda: floors(test, C, la.answer_only))
     row["predict_floor_peak_gb"] = peak_of(device)
     reset(device)
     row["predict_seconds"] = timed(device, lambda: [la.predictive_logits(batch) for batch in test])
