@@ -72,12 +72,12 @@ class Tape:
             raise RuntimeError(f"layer {name!r} ran its experts twice in one forward pass; it cannot be captured")
         if (batch_tokens := self.real.numel()) <= int(token.max()):
             raise RuntimeError(f"layer {name!r} saw more tokens than the batch's {batch_tokens}; it cannot be captured")
-        rows = self.real.to(token.device).flatten()[token].nonzero().squeeze(1)
+        rows, a = self.real.to(token.device).flatten()[token].nonzero().squeeze(1), a.detach()
+        if len(rows) < len(token):  # fused experts were given no padding
+            a, expert, token = a[rows], expert[rows], token[rows]
         T = self.real.shape[1]
-        expert = expert[rows]
         counts = torch.bincount(expert, minlength=num_experts(module))
-        item, position = token[rows] // T, token[rows] % T
-        self.slots.append(Slots(name, a.detach()[rows], expert, item, counts, position == T - 1, rows, z))
+        self.slots.append(Slots(name, a, expert, token // T, counts, token % T == T - 1, rows, z))
 
 
 # The tape in use, if any. A module-level name because transformers hands the registered function nothing but the
