@@ -72,8 +72,8 @@ class Tape:
             raise RuntimeError(f"layer {name!r} ran its experts twice in one forward pass; it cannot be captured")
         if (batch_tokens := self.real.numel()) <= int(token.max()):
             raise RuntimeError(f"layer {name!r} saw more tokens than the batch's {batch_tokens}; it cannot be captured")
-        rows, a = self.real.to(token.device).flatten()[token].nonzero().squeeze(1), a.detach()
-        if len(rows) < len(token):  # fused experts were given no padding
+        rows, a = self.wanted(module).to(token.device)[token].nonzero().squeeze(1), a.detach()
+        if len(rows) < len(token):  # fused experts were given no others
             a, expert, token = a[rows], expert[rows], token[rows]
         T = self.real.shape[1]
         counts = torch.bincount(expert, minlength=num_experts(module))

@@ -16,7 +16,7 @@ from .models import option_logits, to_device
 def read_out(model: nn.Module, layers: Sequence[str], batch: Mapping[str, Tensor],
              answer_only: Sequence[str] = ()) -> tuple[Tensor, list[Slots]]:
     """The class logits ``[B, C]`` in the graph, and the slots of the ``layers``, in their order and with ``a`` at least float32; of
-    those in ``answer_only``, which have a gradient at the answer's position alone, where that is cheaper only the slots there.
+    those in ``answer_only``, which have a gradient at the answer's position alone, only the slots there.
 
     Inside ``capture.capturing(model)``.
     """

@@ -50,7 +50,7 @@ class Fit:
         self.stage = self.batches = self.items = self.seen = 0
         self.log_likelihood, self.labelled, self.digest = 0.0, True, ""
         self.tokens = torch.zeros(len(self.layers), max(shape[0] for shape in self.shapes), dtype=torch.long)
-        # At other positions than the answer's: slots, counted once a column, and those of them that had a gradient.
+        # At other positions than the answer's, until one of them has a gradient: slots met, once a column, and those that had.
         self.elsewhere = torch.zeros(len(self.layers), 2, dtype=torch.long)
         self.marks: list[int] = []  # of this rank's items, where there are several
 
@@ -228,9 +228,11 @@ class Fit:
                 energy = torch.linalg.vecdot(g, g)
                 if not energy.sum().isfinite():
                     raise ValueError(f"batch {number}, layer {slots.name!r}: a gradient is not finite, or its square is not")
-                others, reached = ~slots.last, energy > 0
-                if reached[slots.last].any():  # a column without a gradient says nothing
-                    self.elsewhere[i] += torch.tensor([int(others.sum()), int(reached[others].sum())])
+                if not self.elsewhere[i, 1]:
+                    reached, others = energy > 0, ~slots.last
+                    here, *there = torch.stack([(reached & slots.last).sum(), others.sum(), (reached & others).sum()]).tolist()
+                    if here:  # a column without a gradient says nothing
+                        self.elsewhere[i] += torch.tensor(there)
                 sums.column(g, energy)
                 del g
         for sums in self.sums:
