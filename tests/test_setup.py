@@ -3,10 +3,12 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import PackageNotFoundError, metadata
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -40,6 +42,24 @@ def test_pins_solve_the_ranges(listed, pinned):
     for item in listed:
         (spec,) = pins[canonicalize_name(item.name)].specifier
         assert spec.operator == "==" and item.specifier.contains(spec.version), f"{item} against {spec}"
+
+
+def test_every_pin_admits_the_oldest_python_promised(root, pinned):
+    """Debian 12's is 3.11.2. Where other versions than the pinned are installed, those packages say nothing."""
+    with open(root / "pyproject.toml", "rb") as file:
+        (promised,) = SpecifierSet(tomllib.load(file)["project"]["requires-python"])
+    oldest = ".".join([*promised.version.split("."), "0", "0"][:3])
+    checked, refusing = 0, []
+    for item in pinned:
+        try:
+            found = metadata(item.name)
+        except PackageNotFoundError:  # of another platform
+            continue
+        if item.specifier.contains(found["Version"].partition("+")[0]):
+            checked += 1
+            if not SpecifierSet(found["Requires-Python"] or "").contains(oldest):
+                refusing.append(f"{item} asks for Python {found['Requires-Python']}")
+    assert not refusing and checked
 
 
 def test_pins_are_portable(root, pinned):
