@@ -266,6 +266,63 @@ def test_temperature_minimises_the_nll():
     assert mean_logit.mean() == pytest.approx(chosen.mean(), abs=1e-4)  # the stationarity condition in 1 / T
 
 
+def all_right(n, margin=3.0, seed=0):
+    """Items with the label on top everywhere: no finite temperature is best."""
+    labels = np.random.default_rng(seed).integers(4, size=n)
+    logits = np.random.default_rng(seed + 1).uniform(0, 1, (n, 4))
+    logits[np.arange(n), labels] += margin
+    return logits, labels
+
+
+@pytest.mark.parametrize("n", [8, 60, 300])
+def test_labels_that_fix_no_temperature_are_told_and_weighed_against_the_prior(n):
+    logits, labels = all_right(n)
+    with pytest.warns(UserWarning, match=f"{n} items has no optimum .* rests on no label$"):
+        plain = m.fit_temperature(logits, labels, prior=None)
+    with pytest.warns(UserWarning, match=r"rests on no label and is that of a prior log T ~ N\(log 1, 1\^2\)"):
+        shrunk = m.fit_temperature(logits, labels)
+    assert plain < 0.1 < shrunk < 1
+    wrong = labels.copy()  # one in ten otherwise, as elsewhere
+    wrong[::10] = (wrong[::10] + 1) % 4
+    nll = [m.nll(m.softmax(logits, T), wrong) for T in (plain, shrunk, 1)]
+    assert nll[0] > 3 * nll[2] and nll[1] - nll[2] < 0.1 * (nll[0] - nll[2])
+
+
+def test_labels_worse_than_chance_are_told_too():
+    logits, labels = all_right(200)
+    with pytest.warns(UserWarning, match="no optimum"):
+        assert m.fit_temperature(-logits, labels, prior=None) == pytest.approx(100, rel=1e-3)
+
+
+@pytest.mark.parametrize("prior", [None, "auto", (2.5, 0.3)])
+def test_logits_that_no_temperature_changes_keep_the_centre(prior):
+    logits = np.full((30, 4), 17.3)
+    logits[::2, 3] = -np.inf
+    assert m.fit_temperature(logits, np.arange(30) % 3, prior=prior) == (2.5 if prior == (2.5, 0.3) else 1)
+
+
+def test_the_prior_s_temperature_is_the_most_probable_one():
+    logits, labels = sampled_logits(n=12, seed=4)
+    logits *= 3
+    densities = {T: 12 * m.nll(m.softmax(logits, T), labels) + np.log(T / 2) ** 2 / (2 * 0.4**2) for T in np.geomspace(0.1, 30, 4001)}
+    assert m.fit_temperature(logits, labels, prior=(2.0, 0.4)) == pytest.approx(min(densities, key=densities.get), rel=2e-3)
+
+
+def test_few_labels_are_shrunk_and_many_are_not():
+    logits, labels = sampled_logits(n=400, seed=3)
+    for n, shrinks in ((m.FEW_LABELS - 1, True), (m.FEW_LABELS, False), (400, False)):
+        some = logits[:n] * 4, labels[:n]
+        plain, auto = m.fit_temperature(*some, prior=None), m.fit_temperature(*some)
+        assert (1 < auto < plain) if shrinks else auto == plain
+    assert m.fit_temperature(logits[:20] * 4, labels[:20], prior=(1, 1e6)) == pytest.approx(
+        m.fit_temperature(logits[:20] * 4, labels[:20], prior=None), rel=1e-6)  # so wide a prior says nothing
+
+
+def test_a_temperature_s_prior_is_positive():
+    with pytest.raises(ValueError, match=r"prior=\(1.0, 0.0\) is not None, 'auto' or a pair"):
+        m.fit_temperature(*all_right(5), prior=(1.0, 0.0))
+
+
 def test_softmax_handles_missing_options_and_large_logits():
     probs = m.softmax(torch.tensor([[1000.0, 1000.0, -torch.inf], [0.0, np.log(3.0), -torch.inf]]))
     assert probs == pytest.approx(np.array([[0.5, 0.5, 0], [0.25, 0.75, 0]]), abs=1e-7)
