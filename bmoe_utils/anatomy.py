@@ -22,7 +22,6 @@ from .weight_samples import sampled_logits
 
 EXPERTS = BLOCKS[0]
 TEST = 600  # test questions at most, of the models taken apart: differences between methods are paired, and large
-MODULES = (*study.POSTERIOR, "exact", "reach", "blocks", "penalised", "weight_samples", "anatomy", "evaluate", "metrics")
 
 
 # ---- a check without labels -----------------------------------------------------------------------------------------
@@ -80,7 +79,7 @@ def kernels(of: study.Study, seed: int) -> Kernels:
         named = {f"{key}/{b}": value for key in _BY_BLOCK for b, value in getattr(found, key).items()}
         return named | {key: getattr(found, key) for key in _WHOLE}
 
-    tensors = {k: torch.as_tensor(v) for k, v in of.store.arrays("kernels", config, _as_tensors(compute), modules=MODULES).items()}
+    tensors = {k: torch.as_tensor(v) for k, v in of.store.arrays("kernels", config, _as_tensors(compute)).items()}
     names = [b for b in BLOCKS if f"fit/{b}" in tensors]
     by_block = {key: {b: tensors[f"{key}/{b}"] for b in names} for key in _BY_BLOCK}
     by_block |= {key: {b: kind(value) for b, value in by_block[key].items()} for key, kind in (("distance", float), ("size", int))}
@@ -133,7 +132,7 @@ def mode_curves(of: study.Study, seed: int, blocks: Sequence[str], precisions: S
             })  # fmt: skip
         return rows
 
-    return of.store.json("mode", config, compute, modules=MODULES)
+    return of.store.json("mode", config, compute)
 
 
 def variant(of: study.Study, seed: int, *, epochs: int | None = None, smoothing: float = 0.0, precision: Mapping[str, float] | None = None) -> dict:
@@ -155,7 +154,7 @@ def variant(of: study.Study, seed: int, *, epochs: int | None = None, smoothing:
             model = of.map_model(seed, epochs=epochs)
         return measure(of, model, seed)
 
-    return of.store.json("variant", config, compute, modules=MODULES)
+    return of.store.json("variant", config, compute)
 
 
 def variants(of: study.Study, seed: int) -> dict[str, dict]:
@@ -226,7 +225,7 @@ def linear_and_sampled(of: study.Study, seed: int, precisions: Sequence[float], 
                          "sampled_mean": float(lead.mean(0).median()), "map_test": scores(mean, right), "linear_test": scores(mean, right, cov), "sampled_test": metrics.summary(drawn.softmax(-1).mean(0), right)})
         return rows
 
-    return of.store.json("samples", config, compute, modules=MODULES)
+    return of.store.json("samples", config, compute)
 
 
 def final_norm_bound(model: nn.Module, loader: Iterable[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,13 @@ recomputes nothing and an interrupted build never looks finished.
 """
 from __future__ import annotations
 
-import ast, hashlib, io, json, math, os, re, shutil, sys, time, uuid
+import hashlib, io, json, math, os, re, shutil, sys, time, uuid
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent
+from .source import PACKAGE, closure, code_version, library_versions
+
 _PROCESS_RUN = uuid.uuid4().hex[:12]                  # stands in for the run id when BMOE_FRESH is just "1"
 
 
@@ -96,39 +95,6 @@ def model_fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def code_version(modules) -> str:
-    """Hash of what the named bmoe_utils modules do: comments, docstrings and layout do not count."""
-    digest = hashlib.sha256()
-    for module in sorted(modules, key=str):
-        path = PACKAGE / f"{module.removeprefix('bmoe_utils.')}.py" if isinstance(module, str) else Path(module.__file__)
-        if not path.is_file():
-            raise ValueError(f"no module {module!r} in {PACKAGE.name}: {', '.join(sorted(p.stem for p in PACKAGE.glob('*.py')))}")
-        digest.update(f"{path.stem}\0{_source_hash(path, path.stat().st_mtime_ns)}\0".encode())
-    return digest.hexdigest()
-
-
-@cache
-def _source_hash(path: Path, modified: int) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node, False) is not None:
-            del body[0]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
-
-
-@cache
-def _versions() -> dict:
-    """major.minor of the libraries whose numerics an artefact depends on."""
-    found = {"python": "%d.%d" % sys.version_info[:2]}
-    for name in ("torch", "transformers"):
-        try:
-            found[name] = ".".join(version(name).split("+")[0].split(".")[:2])
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def peak_memory_mb(children: bool = False) -> float | None:
     """Peak resident memory of this process so far, or of the largest child that has ended; None where unknown."""
     try:
@@ -146,15 +112,17 @@ class Store:
     def __init__(self, root: str | Path | None = None):
         self.root = Path(root).resolve() if root else project_root() / "data" / "cache"
 
-    def folder(self, kind: str, config: dict, build, *, modules=(), fresh: bool = False) -> Path:
+    def folder(self, kind: str, config: dict, build, *, code=(), fresh: bool = False) -> Path:
         """The finished folder for this key; where there is none, `build(path)` fills a new one, which is then moved in place.
 
-        The key covers kind, config, the code of `modules` (names in bmoe_utils) and the library versions. `fresh`, or the
-        environment's `BMOE_FRESH=<run id>`, ignores a finished folder; a run id does so once per run and artefact.
+        The key covers kind, config, all code that `build` and the functions in `code` can reach, and the versions of the
+        libraries that this code imports (`source`). `fresh`, or the environment's `BMOE_FRESH=<run id>`, ignores a finished
+        folder; a run id does so once per run and artefact.
         """
         if not re.fullmatch(r"[A-Za-z0-9_]+", kind):
             raise ValueError(f"kind {kind!r}: letters, digits and underscores only")
-        key = {"kind": kind, "config": _canonical(config, "config"), "code": code_version(modules), "versions": _versions()}
+        reached = closure((build, *code))
+        key = {"kind": kind, "config": _canonical(config, "config"), "code": code_version(reached), "versions": library_versions(reached)}
         final = self.root / f"{kind}-{fingerprint(key)[:12]}"
         run = {"": "", "0": "", "1": _PROCESS_RUN}.get(value := os.environ.get("BMOE_FRESH", ""), value)
         if not fresh and self._finished(final, run):
@@ -179,13 +147,13 @@ class Store:
                 self._sweep(final.name)
         return final
 
-    def json(self, kind: str, config: dict, compute, *, modules=(), fresh: bool = False):
+    def json(self, kind: str, config: dict, compute, *, code=(), fresh: bool = False):
         """`compute()`'s JSON value, from disk where it is finished (tuples come back as lists)."""
         def build(path):
             atomic_write(path / "value.json", json.dumps(_canonical(compute(), "value"), ensure_ascii=False))
-        return json.loads((self.folder(kind, config, build, modules=modules, fresh=fresh) / "value.json").read_text(encoding="utf-8"))
+        return json.loads((self.folder(kind, config, build, code=(compute, *code), fresh=fresh) / "value.json").read_text(encoding="utf-8"))
 
-    def arrays(self, kind: str, config: dict, compute, *, modules=(), fresh: bool = False) -> dict:
+    def arrays(self, kind: str, config: dict, compute, *, code=(), fresh: bool = False) -> dict:
         """`compute()`'s dict of numpy arrays and torch tensors, as safetensors; each comes back as the type it was, on the CPU."""
         import torch
         from safetensors import safe_open
@@ -199,7 +167,7 @@ class Store:
                     value = torch.from_numpy(_numeric(name, value))
                 values[name] = value.detach().cpu().contiguous().clone()      # safetensors refuses views and shared storage
             save_file(values, path / "arrays.safetensors", metadata={"numpy": json.dumps(numpy)})
-        with safe_open(self.folder(kind, config, build, modules=modules, fresh=fresh) / "arrays.safetensors", "pt") as file:
+        with safe_open(self.folder(kind, config, build, code=(compute, *code), fresh=fresh) / "arrays.safetensors", "pt") as file:
             numpy = json.loads(file.metadata()["numpy"])
             return {name: file.get_tensor(name).numpy() if name in numpy else file.get_tensor(name) for name in file.keys()}
 

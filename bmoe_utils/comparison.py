@@ -28,6 +28,7 @@ from .last_layer import LastLayerLaplace
 from .lora_laplace import LoraLaplace
 from .lora_posteriors import fit_blob, largest_within, mean_field_states, tfb_directions, tfb_states
 from .routing import SwagMoments
+from .stages.map_model import MapModel
 
 EITHER = ("ensemble", "checkpoint_ensemble", "expert_dropout", "last_layer_laplace")  # in every regime
 ON_LORA = ("mc_dropout", "swag", "laplace_lora", "blob", "tfb")  # where the MAP model is a LoRA adapter
@@ -65,8 +66,8 @@ def settings(study, name: str, options: Mapping) -> dict:
 class Run:
     """One baseline on one seed (and fine-tuning-set ``size``, None: the profile's) of a study; ``options`` as :func:`settings` gives."""
 
-    def __init__(self, study, seed: int, name: str, options: Mapping, size: int | None, modules: tuple[str, ...]):
-        self.study, self.seed, self.name, self.options, self.modules = study, seed, name, dict(options), modules
+    def __init__(self, study: MapModel, seed: int, name: str, options: Mapping, size: int | None):
+        self.study, self.seed, self.name, self.options = study, seed, name, dict(options)
         self.which = {} if size is None else {"size": size}
         self.items = study.train_items(seed, size)
 
@@ -83,7 +84,7 @@ class Run:
         return self.study.map_model(self.seed, **self.which)
 
     def _stored(self, compute: Callable[[], Mapping[str, Tensor]], **fit) -> dict[str, Tensor]:
-        return self.study.store.arrays("baseline", self.key | fit, compute, modules=self.modules)
+        return self.study.store.arrays("baseline", self.key | fit, compute)
 
     def _batches(self, order: int | None = None):
         """The fine-tuning set: shuffled for training by the seed ``order``, or in order for one pass."""
@@ -174,7 +175,7 @@ class Run:
             return largest_within(lambda sigma: nll(WeightEnsemble(model, tfb_states(model, sigma, directions))) / at_map - 1, tolerance,
                                   steps=5)
 
-        sigma = self.study.store.json("baseline", self.key | {"tolerance": tolerance, "samples": samples}, largest, modules=self.modules)
+        sigma = self.study.store.json("baseline", self.key | {"tolerance": tolerance, "samples": samples}, largest)
         return WeightEnsemble(model, tfb_states(model, sigma, directions))
 
 

@@ -9,7 +9,7 @@ import torch
 from .comparison import NAMES as BASELINES
 from .comparison import ON_LORA
 from .evaluate import Predictions
-from .study import POSTERIOR, Study
+from .study import Study
 
 # Method -> that of `attach_routers` and its options; all of them over whole passes.
 ROUTERS = {
@@ -94,4 +94,4 @@ def confined_predictions(study: Study, seed: int, share: float, *, most_used: bo
 
     config: Mapping = {"map": study.map_folder(seed).name, "prior_mean": study.prior_mean, "share": share, "most_used": most_used,
                        "samples": study.mc_samples}
-    return study.predictions("confined", split, config, predictor, items=study.router_items, modules=(*POSTERIOR, "main_table"))
+    return study.predictions("confined", split, config, predictor, items=study.router_items)

@@ -10,7 +10,7 @@ import itertools, json, time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bmoe_utils import artefacts, runner
+from bmoe_utils import artefacts, runner, source
 from bmoe_utils.engine import spread
 
 
@@ -29,7 +29,7 @@ def cells(profile: str, tasks: Sequence[str], models: Sequence[str | None], vary
 
 def key_of(plan: runner.Plan, chosen: Sequence[runner.Chapter]) -> str:
     """What a finished cell stands for: its parameters, its chapters and the code."""
-    code = artefacts.code_version(path.stem for path in artefacts.PACKAGE.glob("*.py"))
+    code = source.code_version(source.closure(source.modules()))
     return artefacts.fingerprint({"parameters": plan.parameters(), "code": code, "chapters": {c.path.name: artefacts.fingerprint(c.path) for c in chosen}})
 
 

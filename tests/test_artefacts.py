@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bmoe_utils import artefacts
+from bmoe_utils import artefacts, evaluate, world
 from bmoe_utils.artefacts import Store, atomic_write, fingerprint, model_fingerprint, project_root, save_figure, save_result
 
 
@@ -47,23 +47,19 @@ def test_config_kind_and_versions_each_change_the_key(store, monkeypatch):
     store.folder("model", {"steps": 3}, build)
     store.folder("model", {"steps": 4}, build)
     store.folder("other", {"steps": 3}, build)
-    monkeypatch.setattr(artefacts, "_versions", lambda: {"torch": "2.99"})
+    monkeypatch.setattr(artefacts, "library_versions", lambda _: {"torch": "2.99"})
     store.folder("model", {"steps": 3}, build)
     assert build.calls == 4 and len(finished(store)) == 4
 
 
-def test_changed_code_changes_the_key_but_a_comment_does_not(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(artefacts, "PACKAGE", tmp_path)
-    source, build = tmp_path / "train.py", Counter()
-    request = lambda: store.folder("model", {}, build, modules=("train",))
-    source.write_text('"""Trains."""\ndef f(x):\n    return x + 1\n')
-    first = request()
-    source.write_text('"""Trains, said better."""\n\ndef f(x):\n    """More words."""\n    return x + 1   # why\n')
-    assert request() == first
-    source.write_text("def f(x):\n    return x + 2\n")
-    assert request() != first and build.calls == 2
-    with pytest.raises(ValueError, match="no module 'trian' .*train"):
-        store.folder("model", {}, build, modules=("trian",))
+def test_the_code_that_computes_is_in_the_key(store):
+    """Of the build, and of what it is given; what that is: tests/test_source.py."""
+    build, value = Counter(), {"x": np.zeros(2)}
+    folders = [store.folder("model", {}, build, code=code) for code in ((), (world.build_splits,), (evaluate.predict,))]
+    assert len(set(folders)) == 3 and store.folder("model", {}, build, code=(world.load_world,)) == folders[1]
+    for kind, give in (("arrays", lambda: value), ("json", lambda: {"x": 1})):
+        assert getattr(store, kind)("a", {}, give) and getattr(store, kind)("a", {}, give, code=(world.build_splits,))
+    assert len(finished(store)) == 3 + 4
 
 
 @pytest.mark.parametrize("error", [RuntimeError("disk full"), KeyboardInterrupt()])

@@ -5,10 +5,11 @@ import pytest
 import torch
 from test_study import TINY, small_world  # noqa: F401 - the fixture is autouse in a module that imports it
 
-from bmoe_utils import comparison, evaluate, plots, study, train
+from bmoe_utils import comparison, evaluate, plots, train
 from bmoe_utils.artefacts import Store
 from bmoe_utils.comparison import EITHER, NAMES, Run, settings
-from bmoe_utils.study import BASELINES, Study
+from bmoe_utils.stages import map_model
+from bmoe_utils.study import Study
 from bmoe_utils.train import adapted_weights
 
 SMALL = TINY | {"layers": 2, "epochs": 3, "members": 2, "router_items": 12, "router_batch": 5, "mc_samples": 50}
@@ -24,7 +25,7 @@ def tiny(store, **overrides):
 
 
 def run(s, name, **options):
-    return Run(s, 0, name, settings(s, name, options), None, BASELINES)
+    return Run(s, 0, name, settings(s, name, options), None)
 
 
 def everything(s):
@@ -42,7 +43,7 @@ def test_every_baseline_says_its_own_and_a_second_study_computes_nothing(store, 
     def fail(*_, **__):
         raise AssertionError("computed again")
 
-    for owner, name in ((study, "predict"), (comparison.train, "fine_tune"), (comparison, "fit_blob"), (comparison, "fit_swag"),
+    for owner, name in ((map_model, "predict"), (comparison.train, "fine_tune"), (comparison, "fit_blob"), (comparison, "fit_swag"),
                         (comparison, "largest_within")):
         monkeypatch.setattr(owner, name, fail)
     for a, b in zip(everything(tiny(store)), first, strict=True):
@@ -128,7 +129,7 @@ def test_a_size_of_its_own(store):
     s = tiny(store)
     small, whole = (s.baseline_predictions(0, "last_layer_laplace", size=size) for size in (8, None))
     assert (small.probs != whole.probs).any()
-    assert Run(s, 0, "ensemble", {}, 8, BASELINES).items[0] == s.train_items(0, 8)[0]
+    assert Run(s, 0, "ensemble", {}, 8).items[0] == s.train_items(0, 8)[0]
 
 
 def test_unknown_names_options_and_regimes_are_errors(store):

@@ -1,6 +1,5 @@
 """The pipeline at its smallest: every stage is computed once and found again, and test questions stay out of training."""
 
-import functools
 import json
 import warnings
 from pathlib import Path
@@ -10,8 +9,9 @@ import pytest
 import torch
 
 import bmoe_utils as bm
-from bmoe_utils import artefacts, columns, evaluate, metrics, models, study, train, world
+from bmoe_utils import artefacts, columns, evaluate, metrics, models, train, world
 from bmoe_utils.artefacts import Store
+from bmoe_utils.stages import map_model
 from bmoe_utils.study import PROFILES, Study
 
 TINY = {"width": 16, "layers": 1, "experts": 4, "expert_width": 16, "pretrain_lines": 3000, "pretrain_steps": 3,
@@ -21,11 +21,10 @@ TINY = {"width": 16, "layers": 1, "experts": 4, "expert_width": 16, "pretrain_li
 
 @pytest.fixture(scope="module", autouse=True)
 def small_world():
-    """Fewer of the world's questions; and the code's own hash, which is most of a look-up's time, taken once."""
+    """Fewer of the world's questions."""
     patch, full = pytest.MonkeyPatch(), world.build_splits(world.load_world())
     keep = {"train": 60, "validation": 30, "test": 30, "near": 30}
     patch.setattr("bmoe_utils.tasks.build_splits", lambda *_, **__: {k: full[k][:n] for k, n in keep.items()})
-    patch.setattr(artefacts, "code_version", functools.cache(artefacts.code_version))
     yield full
     patch.undo()
 
@@ -41,7 +40,7 @@ def nothing_is_computed(monkeypatch):
         def fail(*_, **__):
             raise AssertionError("computed again")
 
-        for module, names in ((train, ("pretrain", "fine_tune")), (models, ("build_model", "train_tokenizer")), (study, ("predict",)),
+        for module, names in ((train, ("pretrain", "fine_tune")), (models, ("build_model", "train_tokenizer")), (map_model, ("predict",)),
                               (bm.ExpertLaplace, ("fit", "optimize_prior_precision", "__call__"))):
             for name in names:
                 monkeypatch.setattr(module, name, fail)
@@ -226,9 +225,9 @@ def test_a_changed_setting_changes_the_key(store, monkeypatch):
     def keys(**overrides):
         s, seen = tiny(store, **overrides), {}
         with monkeypatch.context() as patch:
-            patch.setattr(store, "folder", lambda kind, config, build, modules=(), **_: seen.setdefault(
-                kind, store.root / f"{kind}-{study.fingerprint({'c': config, 'm': list(modules)})}"))
-            patch.setattr(study.Predictions, "load", lambda path: path)
+            patch.setattr(store, "folder", lambda kind, config, build, **_: seen.setdefault(
+                kind, store.root / f"{kind}-{artefacts.fingerprint(config)}"))
+            patch.setattr(evaluate.Predictions, "load", lambda path: path)
             patch.setattr(Study, "tokenizer", None)
             s.laplace_predictions(0)
         return seen

@@ -7,10 +7,11 @@ from test_study import small_world  # noqa: F401 - the fixture is autouse in a m
 from test_study_routers import tiny
 
 import bmoe_utils as bm
-from bmoe_utils import evaluate, study, train
+from bmoe_utils import evaluate, train
 from bmoe_utils.artefacts import Store
 from bmoe_utils.joint import SCALES, JointPosterior
 from bmoe_utils.routers import Routers
+from bmoe_utils.stages import map_model
 
 SIGNALS = {"total", "aleatoric", "expert_epistemic", "routing_epistemic"}
 
@@ -39,7 +40,7 @@ def test_a_second_study_computes_nothing_and_says_the_same(store, s, monkeypatch
     def fail(*_, **__):
         raise AssertionError("computed again")
 
-    for owner, name in ((Routers, "fit"), (bm.ExpertLaplace, "fit"), (JointPosterior, "__init__"), (study, "predict"), (train, "fine_tune")):
+    for owner, name in ((Routers, "fit"), (bm.ExpertLaplace, "fit"), (JointPosterior, "__init__"), (map_model, "predict"), (train, "fine_tune")):
         monkeypatch.setattr(owner, name, fail)
     for a, b in zip(said(tiny(store, router_precisions=[0.1, 10.0])), first, strict=True):
         assert np.array_equal(a, b)

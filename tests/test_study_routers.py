@@ -5,10 +5,12 @@ import pytest
 import torch
 from test_study import TINY, small_world  # noqa: F401 - the fixture is autouse in a module that imports it
 
-from bmoe_utils import evaluate, router_training, study
+from bmoe_utils import evaluate, router_training
 from bmoe_utils.artefacts import Store
 from bmoe_utils.profiles import PROFILES
 from bmoe_utils.routers import Routers
+from bmoe_utils.stages import map_model
+from bmoe_utils.stages import routers as router_stage
 from bmoe_utils.study import Study
 
 ROUTERS = TINY | {"layers": 2, "router_epochs": 1, "router_samples": 3, "router_passes": 2, "validation_passes": 2, "members": 2,
@@ -41,7 +43,7 @@ def test_a_second_study_computes_nothing_and_says_the_same(store, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("computed again")
 
-    for owner, name in ((Routers, "fit"), (study, "predict"), (study, "routing_stability"), (study, "tune_routers"), (router_training, "_train")):
+    for owner, name in ((Routers, "fit"), (map_model, "predict"), (router_stage, "routing_stability"), (router_stage, "tune_routers"), (router_training, "_train")):
         monkeypatch.setattr(owner, name, fail)
     for a, b in zip(numbers(tiny(store)), first, strict=True):
         assert np.array_equal(a, b)
