@@ -44,13 +44,15 @@ NO_TRAIN = MappingProxyType({"validation": "validation", "test": "test", "dev": 
 @dataclass(frozen=True)
 class HubTask:
     """``repo`` at the commit ``revision``, the ``folder`` of its parquet files (the configuration), our splits by the hub's
-    name for them, and, where only some rows belong to the task, ``only``: the column and its value."""
+    name for them, and, where only some rows belong to the task, ``only``: the column and its value. ``answer_base``: what
+    a number among its answers counts from."""
 
     repo: str
     revision: str
     folder: str
     splits: Mapping[str, str]
     only: tuple[str, str] | None = None
+    answer_base: int = 0
 
     def file(self, split: str) -> str:
         """The parquet file of one of our splits."""
@@ -64,8 +66,8 @@ TASKS = {
     "arc_easy": HubTask(*_ARC, "ARC-Easy", OFFICIAL),
     "arc_challenge": HubTask(*_ARC, "ARC-Challenge", OFFICIAL),
     "sciq": HubTask("allenai/sciq", "2c94ad3e1aafab77146f384e23536f97a4849815", "data", OFFICIAL),
-    "winogrande_s": HubTask(*_WINOGRANDE, "winogrande_s", UNLABELLED_TEST),
-    "winogrande_m": HubTask(*_WINOGRANDE, "winogrande_m", UNLABELLED_TEST),
+    "winogrande_s": HubTask(*_WINOGRANDE, "winogrande_s", UNLABELLED_TEST, answer_base=1),
+    "winogrande_m": HubTask(*_WINOGRANDE, "winogrande_m", UNLABELLED_TEST, answer_base=1),
     "boolq": HubTask("google/boolq", "35b264d03638db9f4ce671b711558bf7ff0f80d5", "data", UNLABELLED_TEST),
     "commonsenseqa": HubTask("tau/commonsense_qa", "94630fe30dad47192a8546eb75f094926d47e155", "data", UNLABELLED_TEST),
     "medmcqa": HubTask("openlifescienceai/medmcqa", "91c6572c454088bf71b679ad90aa8dffcd0d5868", "data", UNLABELLED_TEST,

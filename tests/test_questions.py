@@ -20,7 +20,7 @@ GOOD = [
     ({"question": "ما هو الأكبر؟", "choices": ["واحد", "اثنان", "ثلاثة"], "answer": 2}, "ثلاثة"),
     ({"question": "2 + 2?", "choices": ["3", "4", "5", "22", "2"], "answer": "4"}, "4"),  # 4 is also an index, of "2"
     ({"question": "Count!", "choices": ["1", "2", "3"], "answer": 0}, "1"),
-    ({"question": "A zero-width one\u200b?", "choices": ["e\u0301", "\u00e9"], "answer": "\u00e9"}, "\u00e9"),  # two ways to write é
+    ({"question": "A zero-width one\u200b?", "choices": ["e", "e\u0301"], "answer": "\u00e9"}, "e\u0301"),  # two ways to write é
     ({"question": "  Spaces?  ", "choices": [" some ", "none"], "answer": " some "}, "some"),
     ({"question": "Who?", "choices": ["A", "B", "C"], "answer": "B"}, "B"),  # letter and text agree
     ({"question": "With a passage?", "choices": ["yes", "no"], "answer": "no", "passage": "Ein Satz.\u2028Noch einer.", "id": 7}, "no"),
@@ -44,7 +44,7 @@ BAD = [
     ("answer 2 is not among the 2 options", {"question": "q?", "choices": ["a", "b"], "answer": 2}),
     ("answer -1 is not among the 2 options", {"question": "q?", "choices": ["a", "b"], "answer": -1}),
     ("answer 'C' is no index, letter or text of the options", {"question": "q?", "choices": ["a", "b"], "answer": "C"}),
-    ("answer 'é' is no index, letter or text of the options", {"question": "q?", "choices": ["e\u0301", "e"], "answer": "\u00e9"}),
+    ("the right option 'é' is there twice", {"question": "q?", "choices": ["e\u0301", "\u00e9"], "answer": "\u00e9"}),
     ("answer 0.5 is no index, letter or text of the options", {"question": "q?", "choices": ["a", "b"], "answer": 0.5}),
     ("answer None is no index, letter or text of the options", {"question": "q?", "choices": ["a", "b"], "answer": None}),
     ("answer 'A' is the letter of one option and the text of another", {"question": "q?", "choices": ["B", "A"], "answer": "A"}),
@@ -152,11 +152,11 @@ def test_sharded_parquet_as_the_hub_names_it(tmp_path):
 
 @pytest.mark.parametrize("answer", ["", "0", "3", "A"])
 def test_where_a_layout_has_labels_of_its_own_nothing_else_counts(answer):
-    """WinoGrande's 1 and 2 are no indices, and its unlabelled rows have an empty answer."""
+    """WinoGrande's 1 and 2 count from 1, and its unlabelled rows have an empty answer."""
     row = {"sentence": "Ann thanked Bea since _ helped.", "option1": "Ann", "option2": "Bea"}
-    assert [to_item(row | {"answer": a})["answer"] for a in ("1", "2")] == [0, 1]
-    with pytest.raises(ValueError, match=f"answer '{answer}' is no index, letter or text of the options"):
-        to_item(row | {"answer": answer})
+    assert [to_item(row | {"answer": a}, answer_base=1)["answer"] for a in ("1", "2")] == [0, 1]
+    with pytest.raises(ValueError, match=f"answer '{answer}' is (no index|not among the 2 options)"):
+        to_item(row | {"answer": answer}, answer_base=1)
     labelled = {"question": "q?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}}
     with pytest.raises(ValueError, match=f"answer '{answer}' is no index"):
         to_item(labelled | {"answerKey": answer})
