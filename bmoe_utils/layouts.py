@@ -108,7 +108,7 @@ def _answer(row: Mapping, names: Sequence[str] = ANSWERS) -> tuple[str, object]:
     present = [name for name in names if name in row]
     if not present:
         raise KeyError("answer")
-    column = next((name for name in present if row[name] is not None), present[0])
+    column = next((name for name in present if not missing(row[name])), present[0])
     value = row[column]
     return column, value[0] if isinstance(value, list) and len(value) == 1 else value
 
@@ -163,11 +163,11 @@ def literal(cell: str) -> object:
     except (ValueError, RecursionError):
         pass
     try:
-        tokens = [t for t in tokenize.generate_tokens(io.StringIO(cell.strip()).readline)
-                  if t.type in (tokenize.STRING, tokenize.NUMBER, tokenize.OP)]  # fmt: skip
-        kinds = {t.string if t.type == tokenize.OP else "text" for t in tokens}
-        if kinds == {"[", "]", "text"}:  # numpy prints no commas, and Python would join the texts
-            return [ast.literal_eval(t.string) for t in tokens[1:-1]]
+        tokens = [t for t in tokenize.generate_tokens(io.StringIO(cell.strip()).readline) if t.string.strip()]
+        values = [t for t in tokens if t.type in (tokenize.STRING, tokenize.NUMBER)]
+        if [t.string for t in tokens if t not in values] == ["[", "]"]:
+            # as numpy prints it, without commas, where Python would join the texts
+            return [ast.literal_eval(t.string) for t in values]
         return ast.literal_eval(_Arrays().visit(ast.parse(cell.strip(), mode="eval")))
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError):
         said = f'choices {shown(cell)} is not a JSON list such as ["yes", "no"]'

@@ -50,8 +50,9 @@ def _malformed(source: Rows, faults: list[tuple[int, str]]) -> str:
     lines = [f"{source.unit} {number}: {reason}" for number, reason in faults[:FAULTS_SHOWN]]
     more = [f"and {len(faults) - FAULTS_SHOWN} more"] if len(faults) > FAULTS_SHOWN else []
     alike = ""
-    if fields and len(faults) == total and len({_kind(reason) for _, reason in faults}) == 1:
-        lines, more, alike = lines[:1], _how_to_rename(source.where, fields), ", all alike" if total > 1 else ""
+    if len(faults) == total and len({_kind(reason) for _, reason in faults}) == 1:
+        lines, alike = lines[:1], ", all alike" if total > 1 else ""
+        more = _how_to_rename(source.where, fields) if fields else []
     return f"{source.where}: {len(faults)} malformed of {total} questions{alike}\n  " + "\n  ".join(lines + more)
 
 

@@ -54,8 +54,9 @@ def load_task(name: str | Path, *, seed: int = 0, readout: str | None = None, so
 
     ``"world"``: the embedded one, with the true ``p_star``.
     ``openbookqa``, ``arc_easy``, ``arc_challenge``, ``winogrande_s``, ``winogrande_m``, ``boolq``, ``sciq``, ``medmcqa``,
-    ``commonsenseqa``, ``mmlu:<subject>``: from the hub's cache, downloaded where it is not there yet, at a fixed commit; or
-    from ``source``, a folder with the repository's parquet files. Which hub split serves as what: :mod:`bmoe_utils.hub`.
+    ``commonsenseqa``, ``hellaswag``, ``piqa``, ``siqa``, ``truthfulqa``, ``mmlu_pro``, ``mmlu:<subject>``: from the hub's
+    cache, downloaded where it is not there yet, at a fixed commit; or from ``source``, a folder with the repository's parquet
+    files. Which hub split serves as what: :mod:`bmoe_utils.hub`.
     A folder: ``train`` and ``test`` (and ``validation``, else a seeded tenth of train is cut off for it; never the reverse)
     as ``.parquet``, ``.jsonl``, ``.json`` or ``.csv``, or saved by the datasets library (``save_to_disk``). A single such
     file: a seeded fifth of it is test, a tenth of the rest validation. One row a question: ``question`` with 2 to 26
