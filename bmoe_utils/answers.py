@@ -1,8 +1,9 @@
 """What the answers of a question file mean: which option a label, letter, text or number is.
 
-A number is an index from 0 in one file and from 1 in the next, in the same columns (MedMCQA's ``cop``),
-and one read for the other shifts every label in silence. So nothing is assumed: all rows of a task
-are looked at together, and where they cannot tell, the task is refused until its user says.
+A number is an index from 0 in one file and from 1 in the next, in the same columns (MedMCQA's
+``cop``), and one read for the other shifts every label in silence. So nothing is assumed: all rows
+of a task are looked at together, and where they cannot tell, the task is refused until its user
+says.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from .layouts import LETTERS, Asked, Index, shown
 
 @dataclass(frozen=True)
 class Counting:
-    """By the answer's column and its layout's own rule, what numbers count from; by column, which kind
-    of answer (``"letter"`` or ``"number"``) is out of place, being rarer where both occur."""
+    """By the answer's column and its layout's own rule, what numbers count from; by column, which
+    kind of answer (``"letter"`` or ``"number"``) is out of place, being rarer where both occur."""
 
     start: Mapping[tuple[str, int | None], int] = field(default_factory=dict)
     odd: Mapping[str, str] = field(default_factory=dict)
 
 
 def counting(rows: Iterable[Asked], stated: int | None = None) -> Counting:
-    """How the rows of a task count. An answer 0 says from 0; one that is its row's number of options,
-    where none is 0, says from 1. ``stated`` overrides both, and what the layout says.
+    """How the rows of a task count. An answer 0 says from 0; one that is its row's number of
+    options, where none is 0, says from 1. ``stated`` overrides both, and what the layout says.
 
     ``ValueError`` where numbers occur and none of them tells.
     """
@@ -50,9 +51,9 @@ def counting(rows: Iterable[Asked], stated: int | None = None) -> Counting:
         else:
             values = ", ".join(str(value) for value in sorted(seen)[:6])
             raise ValueError(
-                f"it cannot be told whether the answers in {column!r} count from 0 or from 1: they are {values}, "
-                "never 0 and never the number of options; say so by answer_base=0 or answer_base=1 "
-                "(load_task, read_questions; on the command line -p answer_base=1)"
+                f"it cannot be told whether the answers in {column!r} count from 0 or from 1: they "
+                f"are {values}, never 0 and never the number of options; say so by answer_base=0 "
+                "or answer_base=1 (load_task, read_questions; on the command line -p answer_base=1)"
             )
     odd = {c: seen.most_common()[-1][0] for c, seen in kinds.items() if len(seen) > 1}
     return Counting(start, odd)
@@ -61,7 +62,8 @@ def counting(rows: Iterable[Asked], stated: int | None = None) -> Counting:
 def answer_index(row: Asked, how: Counting) -> int:
     """The right option's index from 0. ``ValueError`` says why there is none."""
     answer, count = shown(row.answer), len(row.choices)
-    if (kind := _kind(row)) and kind == how.odd.get(row.column) and row.counts_from is None:
+    odd = how.odd.get(row.column) if row.counts_from is None else None
+    if odd and (kind := _kind(row)) == odd:
         other = {"letter": "number", "number": "letter"}[kind]
         raise ValueError(f"answer {answer} is a {kind} where most of {row.column!r} are {other}s")
     index, start = named(row, row.answer), how.start.get((row.column, row.counts_from), 0)
@@ -71,9 +73,9 @@ def answer_index(row: Asked, how: Counting) -> int:
             raise ValueError(f"answer {answer} is no index, letter or text of the options")
         index = value - start
     if not 0 <= index < count:
-        from_one = " (answer_base=1 where they count from 1)" if start == 0 and index == count else ""
-        said = f"answer {answer} is not among the {count} options, counted from {start}{from_one}"
-        raise ValueError(said)
+        said = f"answer {answer} is not among the {count} options, counted from {start}"
+        hint = " (answer_base=1 where they count from 1)" if (start, index) == (0, count) else ""
+        raise ValueError(said + hint)
     if (other := _again(row, index)) is not None and other != index:
         raise ValueError(f"answer {answer} and {shown(row.again)} are different options")
     if [_form(choice) for choice in row.choices].count(_form(row.choices[index])) > 1:
@@ -88,23 +90,21 @@ def named(row: Asked, answer: object) -> int | None:
         return int(answer)
     value = number(answer)
     said = answer.strip() if isinstance(answer, str) else "" if value is None else str(value)
-    if row.labels and said in row.labels:  # the layout says what it means, whatever the options' texts are
+    if row.labels and said in row.labels:  # what the layout says, whatever the options' texts are
         return row.labels.index(said)
     if row.numbers or not isinstance(answer, str):
         return None
     by_letter = _letter(row, said)
     by_text = _place(said, row.choices)
     if None not in (by_letter, by_text) and by_letter != by_text:
-        raise ValueError(
-            f"answer {shown(answer)} is the letter of one option and the text of another: give its index"
-        )
+        what = "is the letter of one option and the text of another: give its index"
+        raise ValueError(f"answer {shown(answer)} {what}")
     meant_as_text = row.labels or (row.typed and row.counts_from == 0)
     if by_text is not None and value is not None and not meant_as_text:
         starts = (0, 1) if row.counts_from is None else (row.counts_from,)
         if any(0 <= value - s < len(row.choices) and value - s != by_text for s in starts):
-            raise ValueError(
-                f"answer {shown(answer)} is the text of one option and the index of another: give its letter"
-            )
+            what = "is the text of one option and the index of another: give its letter"
+            raise ValueError(f"answer {shown(answer)} {what}")
     return by_letter if by_text is None else by_text
 
 
@@ -126,7 +126,8 @@ def _kind(row: Asked) -> str | None:
     except ValueError:  # said when the row's own turn comes
         return None
     if index is None:
-        return None if number(row.answer) is None or (row.labels and isinstance(row.answer, str)) else "number"
+        none = number(row.answer) is None or (row.labels and isinstance(row.answer, str))
+        return None if none else "number"
     said = row.answer.strip() if isinstance(row.answer, str) else ""
     return "letter" if index == _letter(row, said) and _place(said, row.choices) is None else None
 

@@ -1,4 +1,5 @@
-"""Layouts of question files: where each keeps its question, options and answer, brought into one form.
+"""Layouts of question files: where each keeps its question, options and answer, brought into one
+form.
 
 A layout is a line of ``LAYOUTS``: what its rows are known by, and a converter of a few lines. A row
 goes to the first that knows it. What its answer means is not settled here: see :mod:`.answers`.
@@ -21,20 +22,21 @@ from dataclasses import dataclass, replace
 LETTERS = string.ascii_uppercase
 QUESTIONS = ("question", "question_stem", "sentence", "query")
 PASSAGES = ("passage", "article", "context")
-ANSWERS = ("answerKey", "answer", "answer_idx", "answer_index", "correct_option", "label", "correct",
-           "gold", "target")  # fmt: skip
+ANSWERS = ("answerKey", "answer", "answer_idx", "answer_index", "correct_option", "label",
+           "correct", "gold", "target")  # fmt: skip
 _repr = reprlib.Repr()
 _repr.maxlevel, _repr.maxstring, _repr.maxother = 4, 80, 80
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A row whose question, options and passage are text, and whose answer is still what the file says.
+    """A row whose question, options and passage are text, and whose answer is still what the file
+    says.
 
     ``column`` is where the answer stood, ``labels`` what the layout itself calls its options,
-    ``counts_from`` what a number counts from (None: the file has to tell). ``numbers``: the answer can
-    be nothing but a number. ``typed``: a number that is text there is meant as text (not so in CSV).
-    ``again``: the answer as another column states it.
+    ``counts_from`` what a number counts from (None: the file has to tell). ``numbers``: the answer
+    can be nothing but a number. ``typed``: a number that is text there is meant as text (not so in
+    CSV). ``again``: the answer as another column states it.
     """
 
     question: str
@@ -73,7 +75,8 @@ def asked(row: object, *, typed: bool = True) -> Asked:
 
 
 def text(what: str, value: object) -> str:
-    """A question, option, passage or id, stripped; a number is text, ``None``, a list or NaN is not."""
+    """A question, option, passage or id, stripped; a number is text, ``None``, a list or NaN is
+    not."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"{what} {shown(value)} is not text")
     if isinstance(value, float) and not math.isfinite(value):
@@ -98,13 +101,14 @@ def shown(value: object) -> str:
     return full if len(full) <= 120 else full[:117] + "..."
 
 
-# ---- parts of a row -------------------------------------------------------------------------------
+# ---- parts of a row -----------------------------------------------------------------------------
 def _question(row: Mapping) -> object:
     return row[next((name for name in QUESTIONS if row.get(name) is not None), "question")]
 
 
 def _answer(row: Mapping, names: Sequence[str] = ANSWERS) -> tuple[str, object]:
-    """The column the answer stands in, and what stands there; a list of one (AGIEval) is that one."""
+    """The column the answer stands in, and what stands there; a list of one (AGIEval) is that one.
+    """
     present = [name for name in names if name in row]
     if not present:
         raise KeyError("answer")
@@ -115,7 +119,8 @@ def _answer(row: Mapping, names: Sequence[str] = ANSWERS) -> tuple[str, object]:
 
 def _options(value: object) -> tuple[object, list[str] | None]:
     """Options and the labels they have: of a list, of ``{"text": [...], "label": [...]}``, of
-    ``{"A": text, ...}``, of ``[{"key": label, "value": text}, ...]``, or of one of these as text."""
+    ``{"A": text, ...}``, of ``[{"key": label, "value": text}, ...]``, or of one of these as text.
+    """
     if isinstance(value, str):
         value = literal(value)
     if isinstance(value, Mapping):
@@ -163,7 +168,10 @@ def literal(cell: str) -> object:
     except (ValueError, RecursionError):
         pass
     try:
-        tokens = [t for t in tokenize.generate_tokens(io.StringIO(cell.strip()).readline) if t.string.strip()]
+        if not cell.lstrip().startswith(("[", "{", "(", "array(")):
+            raise ValueError
+        tokens = tokenize.generate_tokens(io.StringIO(cell.strip()).readline)
+        tokens = [t for t in tokens if t.string.strip()]
         values = [t for t in tokens if t.type in (tokenize.STRING, tokenize.NUMBER)]
         if [t.string for t in tokens if t not in values] == ["[", "]"]:
             # as numpy prints it, without commas, where Python would join the texts
@@ -183,7 +191,7 @@ class _Arrays(ast.NodeTransformer):
         return node  # literal_eval refuses it
 
 
-# ---- layouts --------------------------------------------------------------------------------------
+# ---- layouts ------------------------------------------------------------------------------------
 def _choices(row: Mapping) -> Asked:
     """Our own, MMLU (the same), and with labels OpenBookQA, ARC, CommonsenseQA."""
     options, labels = _options(row["choices"])
@@ -195,7 +203,8 @@ def _choices(row: Mapping) -> Asked:
 def _nested(row: Mapping) -> Asked:
     """AI2's files of ARC, OpenBookQA and CommonsenseQA: ``{"question": {"stem", "choices"}}``."""
     inner = row["question"]
-    return _choices({"question": inner["stem"], "choices": inner["choices"], "answerKey": row["answerKey"]})
+    choices, right = inner["choices"], row["answerKey"]
+    return _choices({"question": inner["stem"], "choices": choices, "answerKey": right})
 
 
 def _listed(row: Mapping) -> Asked:
@@ -213,7 +222,8 @@ def _medmcqa(row: Mapping) -> Asked:
 
 
 def _winogrande(row: Mapping) -> Asked:
-    return Asked(_question(row), _numbered(row, "option{}", "123456789"), row["answer"], numbers=True)
+    options = _numbered(row, "option{}", "123456789")
+    return Asked(_question(row), options, row["answer"], numbers=True)
 
 
 def _sciq(row: Mapping) -> Asked:
@@ -226,9 +236,11 @@ def _truthfulqa(row: Mapping) -> Asked:
     """mc1, whose right answer stands first in every row: left there, A would always be right."""
     targets = row["mc1_targets"]
     targets = literal(targets) if isinstance(targets, str) else targets
-    options, labels = (targets["choices"], targets["labels"]) if isinstance(targets, Mapping) else (0, 0)
-    right = [i for i, label in enumerate(labels) if label == 1] if isinstance(labels, list) else []
-    if len(right) != 1 or not isinstance(options, list) or len(options) != len(labels):
+    found = targets if isinstance(targets, Mapping) else {}
+    options, labels = found.get("choices"), found.get("labels")
+    lists = isinstance(options, list) and isinstance(labels, list) and len(options) == len(labels)
+    right = [i for i, label in enumerate(labels) if label == 1] if lists else []
+    if len(right) != 1:
         raise ValueError(f"mc1_targets {shown(targets)} do not mark one of their options")
     return _mixed(text("question", _question(row)), options, right[0])
 
@@ -239,12 +251,14 @@ def _hellaswag(row: Mapping) -> Asked:
 
 
 def _piqa(row: Mapping) -> Asked:
-    return Asked(row["goal"], _numbered(row, "sol{}", "123456789"), row["label"], "label", numbers=True)
+    options = _numbered(row, "sol{}", "123456789")
+    return Asked(row["goal"], options, row["label"], "label", numbers=True)
 
 
 def _siqa(row: Mapping) -> Asked:
     options = _numbered(row, "answer{}", LETTERS)
-    return Asked(row["question"], options, row["label"], "label", numbers=True, passage=row["context"])
+    question, label, context = row["question"], row["label"], row["context"]
+    return Asked(question, options, label, "label", numbers=True, passage=context)
 
 
 def _copa(row: Mapping) -> Asked:
@@ -294,6 +308,6 @@ LAYOUTS: tuple[tuple[str, Callable[[Mapping], bool], Callable[[Mapping], Asked]]
     ("none of these", lambda row: True, _unknown),
 )  # fmt: skip
 EXPECTED = (
-    f"question, choices (a list of 2 to {len(LETTERS)} texts), answer (one's index from 0, its letter or text); "
-    f"or the columns of {', '.join(name for name, *_ in LAYOUTS[:-1])}"
+    f"question, choices (a list of 2 to {len(LETTERS)} texts), answer (one's index from 0, its "
+    f"letter or text); or the columns of {', '.join(name for name, *_ in LAYOUTS[:-1])}"
 )

@@ -24,7 +24,8 @@ class Split(list):
     one) that knows how its questions are read out: ``letters`` at ``Answer:``, or ``cloze``, the option's own word there.
 
     ``origin``, JSON values to write beside results: ``task``, ``split``, ``source`` (repository or path), ``revision`` (the
-    commit, or the files' sha256), ``seed`` (of what was held out), and what was ``left_out``: a reason by the item's id.
+    commit, or the files' sha256), ``seed`` (of what was held out), what was ``left_out``: a reason by the item's id, and
+    ``answer_base`` where it was stated.
     """
 
     def __init__(self, items: Sequence[dict], readout: str, origin: Mapping | None = None):
@@ -161,7 +162,8 @@ def _own_splits(path: Path, seed: int, answer_base: int | None) -> tuple[dict, d
         splits["train"], splits["validation"] = hold_out(splits["train"], seed, VALIDATION_SHARE)
         files["validation"], seeds["train"], seeds["validation"] = files["train"], seed, seed
     revisions = {k: hub.content_hash(files[k]) for k in splits}
-    origins = {k: {"source": str(path), "revision": revisions[k], "seed": seeds[k], "left_out": {}} for k in splits}
+    origins = {k: {"source": str(path), "revision": revisions[k], "seed": seeds[k], "left_out": {}}
+               | ({} if answer_base is None else {"answer_base": answer_base}) for k in splits}  # fmt: skip
     return {k: splits[k] for k in ("train", "validation", "test")}, origins
 
 
