@@ -61,23 +61,25 @@ def counting(rows: Iterable[Asked], stated: int | None = None) -> Counting:
 
 def answer_index(row: Asked, how: Counting) -> int:
     """The right option's index from 0. ``ValueError`` says why there is none."""
-    answer, count = shown(row.answer), len(row.choices)
+    count, own = len(row.choices), how.start.get((row.column, row.counts_from), 0)
     odd = how.odd.get(row.column) if row.counts_from is None else None
-    if odd and (kind := _kind(row)) == odd:
-        other = {"letter": "number", "number": "letter"}[kind]
-        raise ValueError(f"answer {answer} is a {kind} where most of {row.column!r} are {other}s")
-    index, start = named(row, row.answer), how.start.get((row.column, row.counts_from), 0)
-    if index is None:
+    if odd and _kind(row) == odd:
+        most = {"letter": "numbers", "number": "letters"}[odd]
+        said = f"is a {odd} where most of {row.column!r} are {most}"
+        raise ValueError(f"answer {shown(row.answer)} {said}")
+    if (index := named(row, row.answer)) is None:
         value = number(row.answer)
         if value is None or (row.labels and isinstance(row.answer, str)):
-            raise ValueError(f"answer {answer} is no index, letter or text of the options")
-        index = value - start
+            said = "is no index, letter or text of the options"
+            raise ValueError(f"answer {shown(row.answer)} {said}")
+        index = value - own
     if not 0 <= index < count:
-        said = f"answer {answer} is not among the {count} options, counted from {start}"
-        hint = " (answer_base=1 where they count from 1)" if (start, index) == (0, count) else ""
+        said = f"answer {shown(row.answer)} is not among the {count} options, counted from {own}"
+        hint = " (answer_base=1 where they count from 1)" if (own, index) == (0, count) else ""
         raise ValueError(said + hint)
-    if (other := _again(row, index)) is not None and other != index:
-        raise ValueError(f"answer {answer} and {shown(row.again)} are different options")
+    if row.again is not None and _again(row, index) not in (None, index):
+        both = f"{shown(row.answer)} and {shown(row.again)}"
+        raise ValueError(f"answer {both} are different options")
     if [_form(choice) for choice in row.choices].count(_form(row.choices[index])) > 1:
         # a wrong option may be there twice (OpenBookQA has such rows), the right one not
         raise ValueError(f"the right option {shown(row.choices[index])} is there twice")
@@ -159,4 +161,4 @@ def _again(row: Asked, index: int) -> int | None:
 
 
 def _form(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
+    return text if text.isascii() else unicodedata.normalize("NFC", text)

@@ -75,8 +75,7 @@ def asked(row: object, *, typed: bool = True) -> Asked:
 
 
 def text(what: str, value: object) -> str:
-    """A question, option, passage or id, stripped; a number is text, ``None``, a list or NaN is
-    not."""
+    """A question, option, passage or id, stripped; a number is text, ``None``, lists, NaN are not."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"{what} {shown(value)} is not text")
     if isinstance(value, float) and not math.isfinite(value):
@@ -85,7 +84,8 @@ def text(what: str, value: object) -> str:
         raise ValueError(f"{'an' if what == 'option' else 'the'} {what} is empty")
     if "\0" in stripped:
         raise ValueError(f"{what} {shown(stripped)} holds a NUL character")
-    if re.search(r"[\ud800-\udfff]", stripped):  # JSON can write one; no tokenizer can read it
+    # JSON can write one; no tokenizer can read it
+    if not stripped.isascii() and re.search(r"[\ud800-\udfff]", stripped):
         raise ValueError(f"{what} {shown(stripped)} holds half a character (a lone surrogate)")
     return stripped
 
@@ -107,8 +107,7 @@ def _question(row: Mapping) -> object:
 
 
 def _answer(row: Mapping, names: Sequence[str] = ANSWERS) -> tuple[str, object]:
-    """The column the answer stands in, and what stands there; a list of one (AGIEval) is that one.
-    """
+    """The column the answer stands in, and what is there; of a list of one (AGIEval), that one."""
     present = [name for name in names if name in row]
     if not present:
         raise KeyError("answer")
@@ -172,10 +171,10 @@ def literal(cell: str) -> object:
             raise ValueError
         tokens = tokenize.generate_tokens(io.StringIO(cell.strip()).readline)
         tokens = [t for t in tokens if t.string.strip()]
-        values = [t for t in tokens if t.type in (tokenize.STRING, tokenize.NUMBER)]
-        if [t.string for t in tokens if t not in values] == ["[", "]"]:
+        is_value = [t.type in (tokenize.STRING, tokenize.NUMBER) for t in tokens]
+        if [t.string for t, value in zip(tokens, is_value, strict=True) if not value] == ["[", "]"]:
             # as numpy prints it, without commas, where Python would join the texts
-            return [ast.literal_eval(t.string) for t in values]
+            return [ast.literal_eval(t.string) for t in tokens[1:-1]]
         return ast.literal_eval(_Arrays().visit(ast.parse(cell.strip(), mode="eval")))
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError):
         said = f'choices {shown(cell)} is not a JSON list such as ["yes", "no"]'

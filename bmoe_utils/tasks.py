@@ -153,7 +153,9 @@ def _own_splits(path: Path, seed: int, answer_base: int | None) -> tuple[dict, d
         splits["train"], splits["test"] = hold_out(splits.pop("all"), seed, TEST_SHARE)
         files, seeds = dict.fromkeys(splits, files["all"]), dict.fromkeys(splits, seed)
     if missing := {"train", "test"} - set(splits):
-        raise ValueError(f"{path} has no {' and no '.join(sorted(missing))} file ({', '.join(SUFFIXES)})")
+        held = sorted(p.name for p in path.iterdir())[:10]
+        there = f"; there are: {', '.join(held)}" if held else ""
+        raise ValueError(f"{path} has no {' and no '.join(sorted(missing))} file ({', '.join(SUFFIXES)}){there}")
     for held in ("validation", "test"):
         if double := _without(splits["train"], splits.get(held, ()))[1]:
             first = double[0]["id"]

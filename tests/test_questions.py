@@ -263,6 +263,7 @@ HOSTILE = {  # a line after two fine ones, and what is said of it
     "long row": (json.dumps(["x" * 1_000_000] * 3), "a question is an object with fields, not ['xxx"),
     "long text for options": (with_value("choices", f'"{"x y " * 250_000}"'), "choices 'x y x y"),
     "100000 options": (with_value("choices", json.dumps(["x"] * 100_000)), "choices must be a list of 2 to 26 options"),
+    "two ways to write it": (with_value("choices", '["é", "e\u0301"]'), "the right option 'é' is there twice"),
     "id of lists": (with_value("id", json.dumps([[1] * 1000])), "id [[1, 1, 1, 1, 1, 1, ...]] is not text"),
     "answer of lists": (with_value("answer", "[0, 1]"), "answer [0, 1] is no index"),
     "spaces apart": (with_value("choices", '["a", " a "]'), "the right option 'a' is there twice"),
@@ -292,7 +293,7 @@ def test_a_hostile_line_is_named_in_a_line(name, tmp_path):
     ("thrift.parquet", b"PAR1" + b"\xff" * 40 + b"\x28\x00\x00\x00PAR1", "is not a parquet file"),
     ("blank.jsonl", "\n \n", "holds no question"), ("bom.jsonl", b"\xef\xbb\xbf", "holds no question"), ("none.json", "[]", "holds no question"),
     ("object.json", json.dumps({"version": 1, "data": [FINE]}, indent=1), "line 1: no field 'question'\n  fields found: version, data"),
-])
+], ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "")
 def test_a_hostile_file_is_named(name, content, said, tmp_path):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=f"{name}(.|\n)*{said}") as error:
@@ -357,6 +358,14 @@ def test_rows_that_fail_for_the_same_reason_with_other_values_are_alike(tmp_path
     with pytest.raises(MalformedQuestions, match="9 malformed of 9 questions\n  line 1") as error:
         read_questions(jsonl(tmp_path / "own.jsonl", rows))
     assert str(error.value).count("\n  line ") == 9
+
+
+def test_a_folder_without_files_of_ours_says_what_is_there(tmp_path):
+    for name in ("train.jsonl.gz", "test.jsonl"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"has no train file \(.parquet, .*\); there are: test.jsonl, train.jsonl.gz"):
+        jsonl(tmp_path / "test.jsonl", [FINE])
+        bm.load_task(tmp_path)
 
 
 @pytest.mark.parametrize("name, content", [("dataset_dict.json", "{"), ("state.json", "{}")])
