@@ -161,10 +161,18 @@ def local_files(task: HubTask, folder: Path) -> dict[str, list[Path]]:
 
 
 def hub_rows(task: HubTask, files: list[Path]) -> list[dict]:
-    """The task's rows, read by the datasets library (streamed: it keeps no second copy on disk)."""
+    """The task's rows, read by the datasets library (streamed: it keeps no second copy on disk). ``ValueError`` where the files
+    are damaged or lack the column that says which rows are the task's."""
     from datasets import load_dataset
 
-    rows = load_dataset("parquet", data_files={"rows": [str(f) for f in files]}, split="rows", streaming=True)
+    names = ", ".join(map(str, files))
+    try:
+        rows = list(load_dataset("parquet", data_files={"rows": [str(f) for f in files]}, split="rows", streaming=True))
+    except Exception as error:  # pyarrow's own or the library's, by what is wrong
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{names} cannot be read as parquet: {said}") from None
+    if task.only and rows and task.only[0] not in rows[0]:
+        raise ValueError(f"{names} has no column {task.only[0]!r}, as {task.repo} has: {', '.join(rows[0])}")
     return [row for row in rows if task.only is None or row[task.only[0]] == task.only[1]]
 
 

@@ -75,7 +75,7 @@ def asked(row: object, *, typed: bool = True) -> Asked:
 
 
 def text(what: str, value: object) -> str:
-    """A question, option, passage or id, stripped; a number is text, ``None``, lists, NaN are not."""
+    """A question, option, passage or id, stripped; a number is text, ``None`` or NaN is not."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"{what} {shown(value)} is not text")
     if isinstance(value, float) and not math.isfinite(value):

@@ -131,7 +131,8 @@ def _hub_items(name: str, task: hub.HubTask, split: str, paths: list[Path]) -> t
         except ValueError as error:
             left_out[str(row.get("id") or default)] = str(error)
     if not items:
-        raise ValueError(f"{', '.join(map(str, paths))}: no question of {name} among {len(left_out)} rows")
+        first = next((f", the first: {reason}" for reason in left_out.values()), "")
+        raise ValueError(f"{', '.join(map(str, paths))}: no question of {name} among {len(left_out)} rows{first}")
     return items, left_out
 
 

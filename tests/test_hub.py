@@ -245,6 +245,25 @@ def test_origin_travels_with_samples_and_is_json(cache):
 
 
 # ---- where the files come from --------------------------------------------------------------------------------------
+def test_files_that_are_damaged_or_another_set_s_are_named(cache, tmp_path):
+    put(tmp_path / "mine", "hellaswag")
+    (tmp_path / "mine" / "validation-00000-of-00001.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="mine/validation-00000-of-00001.parquet cannot be read as parquet: ") as error:
+        bm.load_task("hellaswag", source=tmp_path / "mine")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="train.*no question of piqa among 60 rows, the first: no field 'choices'"):
+        for split in ("train", "validation"):
+            (tmp_path / "other" / split).mkdir(parents=True)
+            rows = datasets.Dataset.from_list([{"question": "q?", "text": "t"}] * 60)
+            rows.to_parquet(tmp_path / "other" / split / "0000.parquet")
+        bm.load_task("piqa", source=tmp_path / "other")
+    with pytest.raises(ValueError, match="has no column 'subject_name', as openlifescienceai/medmcqa has: question, text"):
+        (tmp_path / "third").mkdir()
+        for split in ("train", "validation"):
+            rows.to_parquet(tmp_path / "third" / f"{split}.parquet")
+        bm.load_task("medmcqa", source=tmp_path / "third")
+
+
 def test_files_that_the_hub_converted_lie_in_a_folder_a_split(cache, tmp_path):
     """The repository of such a set is a script; the hub's client puts its converted files in the cache as they are named there."""
     assert hub.TASKS["piqa"].file("test") == "plain_text/validation/0000.parquet"
