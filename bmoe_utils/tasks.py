@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import hub
 from .prompts import length_batches, make_loader, option_tokens, options, prompt, same_question
-from .questions import LETTERS, SUFFIXES, MalformedQuestions, named_item, read_questions, to_items
+from .questions import LETTERS, SUFFIXES, MalformedQuestions, Rows, indexed, read_questions, read_rows, to_item, to_items
 from .world import build_splits, load_world, pretraining_lines, world_file
 
 __all__ = ["MalformedQuestions", "Split", "Task", "draw", "learning_texts", "length_batches", "load_task", "make_loader",
@@ -24,7 +24,8 @@ class Split(list):
     one) that knows how its questions are read out: ``letters`` at ``Answer:``, or ``cloze``, the option's own word there.
 
     ``origin``, JSON values to write beside results: ``task``, ``split``, ``source`` (repository or path), ``revision`` (the
-    commit, or the files' sha256), ``seed`` (of what was held out), and what was ``left_out``: a reason by the item's id.
+    commit, or the files' sha256), ``seed`` (of what was held out), what was ``left_out``: a reason by the item's id, and
+    ``answer_base`` where it was stated.
     """
 
     def __init__(self, items: Sequence[dict], readout: str, origin: Mapping | None = None):
@@ -48,27 +49,34 @@ class Task(dict):
         raise KeyError(f"the task {self.name} has no split {split!r}; it has: {', '.join(self)}")
 
 
-def load_task(name: str | Path, *, seed: int = 0, readout: str | None = None, source: str | Path | None = None) -> Task:
+def load_task(name: str | Path, *, seed: int = 0, readout: str | None = None, source: str | Path | None = None,
+              answer_base: int | None = None) -> Task:  # fmt: skip
     """Splits of a task: ``"world"``, a question set of the papers by name, or a user's own files by path.
 
     ``"world"``: the embedded one, with the true ``p_star``.
     ``openbookqa``, ``arc_easy``, ``arc_challenge``, ``winogrande_s``, ``winogrande_m``, ``boolq``, ``sciq``, ``medmcqa``,
-    ``commonsenseqa``, ``mmlu:<subject>``: from the hub's cache, downloaded where it is not there yet, at a fixed commit; or
-    from ``source``, a folder with the repository's parquet files. Which hub split serves as what: :mod:`bmoe_utils.hub`.
+    ``commonsenseqa``, ``hellaswag``, ``piqa``, ``siqa``, ``truthfulqa``, ``mmlu_pro``, ``mmlu:<subject>``: from the hub's
+    cache, downloaded where it is not there yet, at a fixed commit; or from ``source``, a folder with the repository's parquet
+    files. Which hub split serves as what: :mod:`bmoe_utils.hub`.
     A folder: ``train`` and ``test`` (and ``validation``, else a seeded tenth of train is cut off for it; never the reverse)
     as ``.parquet``, ``.jsonl``, ``.json`` or ``.csv``, or saved by the datasets library (``save_to_disk``). A single such
     file: a seeded fifth of it is test, a tenth of the rest validation. One row a question: ``question`` with 2 to 26
-    ``choices`` and ``answer`` (index from 0, letter or text) and optionally ``passage`` and ``id``, or any of the hub's
-    layouts. Malformed rows are all named, none is dropped.
+    ``choices`` and ``answer`` (index from 0, letter or text) and optionally ``passage`` and ``id``, or any layout of
+    :mod:`bmoe_utils.layouts`. Malformed rows are all named, none is dropped.
 
     Args:
         seed: of what is cut off the training rows; of the questions themselves in ``"world"``.
         readout: by default ``cloze`` where every option is one of a few recurring single words (yes / no), else ``letters``.
+        answer_base: 0 or 1, what the numbers among a user's own answers count from. By default the documented 0 for
+            ``answer`` beside ``choices``; in other columns an answer 0, or one that is the number of options, tells, and
+            ``ValueError`` where no split has either.
     """
     name = str(name)
     task = hub.hub_task(name)
     if source is not None and task is None:
         raise ValueError(f"source is for the hub's question sets ({', '.join(hub.NAMES)}), not for {name!r}")
+    if answer_base is not None and (task is not None or name == "world"):
+        raise ValueError(f"answer_base is for your own files: what the answers of {name} count from is known")
     if name == "world":
         splits = build_splits(load_world(), seed=seed)
         origin = {"source": "embedded world", "revision": hub.content_hash([world_file()]), "seed": seed, "left_out": {}}
@@ -79,7 +87,7 @@ def load_task(name: str | Path, *, seed: int = 0, readout: str | None = None, so
     if not path.exists():
         raise ValueError(f"task {name!r} is neither 'world' nor a set of the hub ({', '.join(hub.NAMES)}) nor a file or folder "
                          "of questions (.parquet, .jsonl, .json or .csv, or a folder of the datasets library)")
-    return _task(name, *_own_splits(path, seed), readout)
+    return _task(name, *_own_splits(path, seed, answer_base), readout)
 
 
 def _task(name: str, splits: Mapping[str, list[dict]], origins: Mapping[str, dict], readout: str | None) -> Task:
@@ -119,32 +127,36 @@ def _hub_items(name: str, task: hub.HubTask, split: str, paths: list[Path]) -> t
     for number, row in enumerate(hub.hub_rows(task, paths), 1):
         default = f"{name}-{task.splits[split]}-{number:05d}"
         try:
-            items.append(named_item(row, default))
+            items.append(to_item(row, default, answer_base=task.answer_base))
         except ValueError as error:
             left_out[str(row.get("id") or default)] = str(error)
     if not items:
-        raise ValueError(f"{', '.join(map(str, paths))}: no question of {name} among {len(left_out)} rows")
+        first = next((f", the first: {reason}" for reason in left_out.values()), "")
+        raise ValueError(f"{', '.join(map(str, paths))}: no question of {name} among {len(left_out)} rows{first}")
     return items, left_out
 
 
 # ---- a user's own ---------------------------------------------------------------------------------------------------
-def _own_splits(path: Path, seed: int) -> tuple[dict, dict]:
-    splits, files = {}, {}
+def _own_splits(path: Path, seed: int, answer_base: int | None) -> tuple[dict, dict]:
+    files = {}
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise ValueError(f"{path}: questions are read from {', '.join(SUFFIXES)}")
-        splits["all"], files["all"] = read_questions(path), [path]
+        sources, files["all"] = {"all": [read_rows(path)]}, [path]
     elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        splits, files = _saved_splits(path)
+        sources, files = _saved_rows(path)
     else:
         files = {split: found for split in ("train", "validation", "test") if (found := hub.split_files(path, split))}
-        splits = _read_all(files)
+        sources = {split: [read_rows(path) for path in found] for split, found in files.items()}
+    splits = _items(sources, answer_base)
     seeds = dict.fromkeys(splits)
     if "all" in splits:
         splits["train"], splits["test"] = hold_out(splits.pop("all"), seed, TEST_SHARE)
         files, seeds = dict.fromkeys(splits, files["all"]), dict.fromkeys(splits, seed)
     if missing := {"train", "test"} - set(splits):
-        raise ValueError(f"{path} has no {' and no '.join(sorted(missing))} file ({', '.join(SUFFIXES)})")
+        held = sorted(p.name for p in path.iterdir())[:10]
+        there = f"; there are: {', '.join(held)}" if held else ""
+        raise ValueError(f"{path} has no {' and no '.join(sorted(missing))} file ({', '.join(SUFFIXES)}){there}")
     for held in ("validation", "test"):
         if double := _without(splits["train"], splits.get(held, ()))[1]:
             first = double[0]["id"]
@@ -153,32 +165,29 @@ def _own_splits(path: Path, seed: int) -> tuple[dict, dict]:
         splits["train"], splits["validation"] = hold_out(splits["train"], seed, VALIDATION_SHARE)
         files["validation"], seeds["train"], seeds["validation"] = files["train"], seed, seed
     revisions = {k: hub.content_hash(files[k]) for k in splits}
-    origins = {k: {"source": str(path), "revision": revisions[k], "seed": seeds[k], "left_out": {}} for k in splits}
+    origins = {k: {"source": str(path), "revision": revisions[k], "seed": seeds[k], "left_out": {}}
+               | ({} if answer_base is None else {"answer_base": answer_base}) for k in splits}  # fmt: skip
     return {k: splits[k] for k in ("train", "validation", "test")}, origins
 
 
-def _read_all(files: Mapping[str, list[Path]]) -> dict[str, list[dict]]:
-    """The items of every split's files; malformed rows are named for all files at once."""
-    splits, faults = {split: [] for split in files}, []
-    for split, paths in files.items():
-        for path in paths:
-            try:
-                splits[split] += read_questions(path)
-            except MalformedQuestions as error:
-                faults.append(error)
-    if faults:
-        raise faults[0] if len(faults) == 1 else ValueError("\n".join(map(str, faults)))
-    return splits
+def _items(sources: Mapping[str, list[Rows]], answer_base: int | None) -> dict[str, list[dict]]:
+    """The items of every split: one decision for all on what their answers count from."""
+    read = iter(to_items([rows for parts in sources.values() for rows in parts], answer_base))
+    return {split: [item for _ in parts for item in next(read)] for split, parts in sources.items()}
 
 
-def _saved_splits(path: Path) -> tuple[dict, dict]:
-    """The items of what ``save_to_disk`` wrote, of a dataset (as ``all``) or of several by split, and the files of each."""
-    from datasets import load_from_disk
+def _saved_rows(path: Path) -> tuple[dict[str, list[Rows]], dict[str, list[Path]]]:
+    """The rows of what ``save_to_disk`` wrote, of a dataset (as ``all``) or of several by split, and the files of each."""
+    from datasets import ClassLabel, load_from_disk
 
-    saved = load_from_disk(path)
+    try:
+        saved = load_from_disk(path)
+    except Exception as error:  # whatever its files raise when they are damaged: pyarrow's, json's, the library's own
+        raise ValueError(f"{path} cannot be read as a dataset that was saved: {str(error).splitlines()[0]}") from None
     parts = {k: saved[k] for k in ("train", "validation", "test") if k in saved} if isinstance(saved, dict) else {"all": saved}
     folders = {k: path if k == "all" else path / k for k in parts}
-    return ({k: to_items(enumerate(part, 1), where=folders[k], unit="row", prefix=k) for k, part in parts.items()},
+    names = {k: {c: f.names for c, f in part.features.items() if isinstance(f, ClassLabel)} for k, part in parts.items()}
+    return ({k: [Rows(folders[k], "row", k, list(enumerate(indexed(part, names[k]), 1)))] for k, part in parts.items()},
             {k: sorted(folder.glob("*.arrow")) for k, folder in folders.items()})
 
 

@@ -26,6 +26,13 @@ SCHEMAS = {  # as the hub's cards give them
     "sciq": {"question": TEXT, "distractor3": TEXT, "distractor1": TEXT, "distractor2": TEXT, "correct_answer": TEXT, "support": TEXT},
     "medmcqa": {"id": TEXT, "question": TEXT, "opa": TEXT, "opb": TEXT, "opc": TEXT, "opd": TEXT, "cop": ClassLabel(names=list("abcd")),
                 "choice_type": TEXT, "exp": TEXT, "subject_name": TEXT, "topic_name": TEXT},
+    "mmlu_pro": {"question_id": Value("int64"), "question": TEXT, "options": List(TEXT), "answer": TEXT, "answer_index": Value("int64"),
+                 "cot_content": TEXT, "category": TEXT, "src": TEXT},
+    "hellaswag": {"ind": Value("int32"), "activity_label": TEXT, "ctx_a": TEXT, "ctx_b": TEXT, "ctx": TEXT, "endings": List(TEXT),
+                  "source_id": TEXT, "split": TEXT, "split_type": TEXT, "label": TEXT},
+    "piqa": {"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": ClassLabel(names=["0", "1"])},
+    "siqa": {"context": TEXT, "question": TEXT, "answerA": TEXT, "answerB": TEXT, "answerC": TEXT, "label": TEXT},
+    "truthfulqa": {"question": TEXT, **dict.fromkeys(("mc1_targets", "mc2_targets"), {"choices": List(TEXT), "labels": List(Value("int32"))})},
     "mmlu:professional_law": {"question": TEXT, "subject": TEXT, "choices": List(TEXT), "answer": ClassLabel(names=list("ABCD"))},
 }  # fmt: skip
 SCHEMAS |= {"arc_challenge": SCHEMAS["arc_easy"], "winogrande_m": SCHEMAS["winogrande_s"]}
@@ -54,11 +61,26 @@ def row(name, i, split="train"):
         case "medmcqa":
             return {"id": f"{split}{i}", "question": question, **dict(zip(("opa", "opb", "opc", "opd"), options)), "cop": key,
                     "exp": "why", "choice_type": "single", "subject_name": "Surgery" if i % 5 == 4 else "Medicine", "topic_name": None}
+        case "mmlu_pro":  # 3 to 10 options
+            return {"question_id": i, "question": question, "options": options + [f"more {k}" for k in range(i % 7)], "answer": "ABCD"[key],
+                    "answer_index": key, "cot_content": "", "category": "law", "src": "x"}
+        case "hellaswag":
+            return {"ind": i, "activity_label": "Law", "ctx_a": question, "ctx_b": "", "ctx": question, "endings": options,
+                    "source_id": "a~b", "split": split, "split_type": "indomain", "label": str(key)}
+        case "piqa":
+            return {"goal": question, **dict(zip(("sol1", "sol2"), [f"right {i}", wrong[0]][:: -1 if i % 2 else 1])), "label": i % 2}
+        case "siqa":
+            three = wrong[: i % 3] + [f"right {i}"] + wrong[i % 3 : 2]
+            return {"context": f"Passage {i}.", "question": question, **dict(zip(("answerA", "answerB", "answerC"), three)), "label": str(i % 3 + 1)}
+        case "truthfulqa":
+            mc1 = {"choices": [f"right {i}", *wrong[:3]], "labels": [1, 0, 0, 0]}
+            return {"question": question, "mc1_targets": mc1, "mc2_targets": mc1 | {"labels": [1, 1, 0, 0]}}
     return {"question": question, "subject": name.partition(":")[2], "choices": options, "answer": key}
 
 
 def unlabelled(name, i):
-    hidden = {"winogrande_s": {"answer": ""}, "commonsenseqa": {"answerKey": ""}, "medmcqa": {"cop": -1}}
+    hidden = {"winogrande_s": {"answer": ""}, "commonsenseqa": {"answerKey": ""}, "medmcqa": {"cop": -1},
+              "hellaswag": {"label": ""}, "piqa": {"label": -1}}
     return row(name, i, "test") | hidden[name.replace("_m", "_s")]
 
 
@@ -81,9 +103,9 @@ def put(folder, name, **splits):
     task = hub.hub_task(name)
     for split in task.splits.values():
         rows = splits.get(split) or [row(name, i, split) for i in range(SIZES[split])]
-        write(folder / f"{split}-00000-of-00001.parquet", name, rows)
-    if "test" not in task.splits.values() and name != "boolq":
-        write(folder / "test-00000-of-00001.parquet", name, [unlabelled(name, i) for i in range(6)])
+        write(folder / task.name.format(split=split), name, rows)
+    if "test" not in task.splits.values() and name not in ("boolq", "siqa", "truthfulqa"):
+        write(folder / task.name.format(split="test"), name, [unlabelled(name, i) for i in range(6)])
 
 
 @pytest.fixture
@@ -106,8 +128,9 @@ def test_every_schema_gives_the_right_answers(name, cache):
             i = int(asked[2])
             right = ["no", "yes"][i % 3 == 0] if name == "boolq" else f"right {i}"
             assert item["choices"][item["answer"]] == right
-            assert len(item["choices"]) == {"boolq": 2, "winogrande_s": 2, "winogrande_m": 2}.get(name, 4)
-            assert item.get("passage") == (f"Passage {i}." if name == "boolq" else None)
+            more = {"boolq": 2, "winogrande_s": 2, "winogrande_m": 2, "piqa": 2, "siqa": 3, "mmlu_pro": 4 + i % 7}
+            assert len(item["choices"]) == more.get(name, 4)
+            assert item.get("passage") == (f"Passage {i}." if name in ("boolq", "siqa") else None)
             source = hub.hub_task(name).splits.get(split, "train")  # validation cut off train where the table has none
             assert asked[1] == source
 
@@ -161,10 +184,11 @@ def test_the_table_in_the_docstring_is_the_code_s():
         repo, _, folder = where.partition(", ")
         assert repo == task.repo and folder == {"data": "", "virology": "<subject>"}.get(task.folder, task.folder)
         assert train.split()[0].rstrip(",") == task.splits.get("train", "none") and test.split()[0] == task.splits["test"]
-        assert validation.split(" (")[0] == task.splits.get("validation", "a tenth of train")
+        other = "a tenth of train" if "train" in task.splits else "none"
+        assert validation.split(" (")[0] == task.splits.get("validation", other)
 
 
-@pytest.mark.parametrize("name", [n for n in SCHEMAS if "mmlu" not in n])
+@pytest.mark.parametrize("name", [n for n in SCHEMAS if "train" in hub.hub_task(n).splits])
 def test_training_shares_no_question_with_validation_or_test(name, cache):
     put(snapshot(cache, name), name)
     task = bm.load_task(name)
@@ -221,6 +245,34 @@ def test_origin_travels_with_samples_and_is_json(cache):
 
 
 # ---- where the files come from --------------------------------------------------------------------------------------
+def test_files_that_are_damaged_or_another_set_s_are_named(cache, tmp_path):
+    put(tmp_path / "mine", "hellaswag")
+    (tmp_path / "mine" / "validation-00000-of-00001.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="mine/validation-00000-of-00001.parquet cannot be read as parquet: ") as error:
+        bm.load_task("hellaswag", source=tmp_path / "mine")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="train.*no question of piqa among 60 rows, the first: no field 'choices'"):
+        for split in ("train", "validation"):
+            (tmp_path / "other" / split).mkdir(parents=True)
+            rows = datasets.Dataset.from_list([{"question": "q?", "text": "t"}] * 60)
+            rows.to_parquet(tmp_path / "other" / split / "0000.parquet")
+        bm.load_task("piqa", source=tmp_path / "other")
+    with pytest.raises(ValueError, match="has no column 'subject_name', as openlifescienceai/medmcqa has: question, text"):
+        (tmp_path / "third").mkdir()
+        for split in ("train", "validation"):
+            rows.to_parquet(tmp_path / "third" / f"{split}.parquet")
+        bm.load_task("medmcqa", source=tmp_path / "third")
+
+
+def test_files_that_the_hub_converted_lie_in_a_folder_a_split(cache, tmp_path):
+    """The repository of such a set is a script; the hub's client puts its converted files in the cache as they are named there."""
+    assert hub.TASKS["piqa"].file("test") == "plain_text/validation/0000.parquet"
+    for place in (tmp_path / "mine", snapshot(cache, "piqa")):
+        put(place, "piqa")
+    task = bm.load_task("piqa", source=tmp_path / "mine")
+    assert list(task["test"]) == list(bm.load_task("piqa")["test"]) and len(task["test"]) == 12
+
+
 @pytest.mark.parametrize("place", ["", "main"])
 def test_a_folder_of_downloaded_files(place, cache, tmp_path):
     put(tmp_path / "mine" / place, "openbookqa")

@@ -20,7 +20,7 @@ GOOD = [
     ({"question": "ما هو الأكبر؟", "choices": ["واحد", "اثنان", "ثلاثة"], "answer": 2}, "ثلاثة"),
     ({"question": "2 + 2?", "choices": ["3", "4", "5", "22", "2"], "answer": "4"}, "4"),  # 4 is also an index, of "2"
     ({"question": "Count!", "choices": ["1", "2", "3"], "answer": 0}, "1"),
-    ({"question": "A zero-width one\u200b?", "choices": ["e\u0301", "\u00e9"], "answer": "\u00e9"}, "\u00e9"),  # two ways to write é
+    ({"question": "A zero-width one\u200b?", "choices": ["e", "e\u0301"], "answer": "\u00e9"}, "e\u0301"),  # two ways to write é
     ({"question": "  Spaces?  ", "choices": [" some ", "none"], "answer": " some "}, "some"),
     ({"question": "Who?", "choices": ["A", "B", "C"], "answer": "B"}, "B"),  # letter and text agree
     ({"question": "With a passage?", "choices": ["yes", "no"], "answer": "no", "passage": "Ein Satz.\u2028Noch einer.", "id": 7}, "no"),
@@ -44,7 +44,7 @@ BAD = [
     ("answer 2 is not among the 2 options", {"question": "q?", "choices": ["a", "b"], "answer": 2}),
     ("answer -1 is not among the 2 options", {"question": "q?", "choices": ["a", "b"], "answer": -1}),
     ("answer 'C' is no index, letter or text of the options", {"question": "q?", "choices": ["a", "b"], "answer": "C"}),
-    ("answer 'é' is no index, letter or text of the options", {"question": "q?", "choices": ["e\u0301", "e"], "answer": "\u00e9"}),
+    ("the right option 'é' is there twice", {"question": "q?", "choices": ["e\u0301", "\u00e9"], "answer": "\u00e9"}),
     ("answer 0.5 is no index, letter or text of the options", {"question": "q?", "choices": ["a", "b"], "answer": 0.5}),
     ("answer None is no index, letter or text of the options", {"question": "q?", "choices": ["a", "b"], "answer": None}),
     ("answer 'A' is the letter of one option and the text of another", {"question": "q?", "choices": ["B", "A"], "answer": "A"}),
@@ -152,11 +152,11 @@ def test_sharded_parquet_as_the_hub_names_it(tmp_path):
 
 @pytest.mark.parametrize("answer", ["", "0", "3", "A"])
 def test_where_a_layout_has_labels_of_its_own_nothing_else_counts(answer):
-    """WinoGrande's 1 and 2 are no indices, and its unlabelled rows have an empty answer."""
+    """WinoGrande's 1 and 2 count from 1, and its unlabelled rows have an empty answer."""
     row = {"sentence": "Ann thanked Bea since _ helped.", "option1": "Ann", "option2": "Bea"}
-    assert [to_item(row | {"answer": a})["answer"] for a in ("1", "2")] == [0, 1]
-    with pytest.raises(ValueError, match=f"answer '{answer}' is no index, letter or text of the options"):
-        to_item(row | {"answer": answer})
+    assert [to_item(row | {"answer": a}, answer_base=1)["answer"] for a in ("1", "2")] == [0, 1]
+    with pytest.raises(ValueError, match=f"answer '{answer}' is (no index|not among the 2 options)"):
+        to_item(row | {"answer": answer}, answer_base=1)
     labelled = {"question": "q?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}}
     with pytest.raises(ValueError, match=f"answer '{answer}' is no index"):
         to_item(labelled | {"answerKey": answer})
@@ -233,3 +233,144 @@ def test_training_questions_that_are_in_test_are_kept_and_told(tmp_path):
     with pytest.warns(UserWarning, match="of the training questions 1 are also in test, first 'train-00004'"):
         task = bm.load_task(tmp_path)
     assert len(task["train"]) + len(task["validation"]) == 30
+
+
+# ---- hostile and careless input -------------------------------------------------------------------------------------
+FINE = {"question": "q?", "choices": ["a", "b"], "answer": 0}
+
+
+def with_value(field, text):
+    """A line of JSON whose ``field`` is this text as it is."""
+    return json.dumps(FINE | {field: "HERE"}).replace('"HERE"', text)
+
+
+HOSTILE = {  # a line after two fine ones, and what is said of it
+    "deep": ("[" * 100_000 + "]" * 100_000, "not JSON that can be read (nested too deeply)"),
+    "deep inside": (with_value("choices", "[" * 50_000 + "]" * 50_000), "not JSON that can be read (nested too deeply)"),
+    "rather deep": (with_value("question", "[" * 400 + "]" * 400), "question [[[[[...]]]]] is not text"),
+    "5000 digits": (with_value("answer", "1" * 5000), "not JSON that can be read (a number of 5000 digits)"),
+    "5000 digits elsewhere": (with_value("year", "1" * 5000), "not JSON that can be read (a number of 5000 digits)"),
+    "5000 digits as text": (with_value("answer", f'"{"1" * 5000}"'), "answer '111"),
+    "surrogate": (with_value("question", r'"a\ud800"'), r"question 'a\ud800' holds half a character (a lone surrogate)"),
+    "surrogate option": (with_value("choices", r'["a", "\udfff"]'), r"option '\udfff' holds half a character"),
+    "surrogate passage": (with_value("passage", r'"\ud83d"'), r"passage '\ud83d' holds half a character"),
+    "surrogate id": (with_value("id", r'"\ud83d"'), r"id '\ud83d' holds half a character"),
+    "NUL": (with_value("question", r'"q\u0000?"'), r"question 'q\x00?' holds a NUL character"),
+    "NaN": (with_value("question", "NaN"), "question nan is not text"),
+    "infinite": (with_value("choices", '[Infinity, "b"]'), "option inf is not text"),
+    "infinite answer": (with_value("answer", "1e999"), "answer inf is no index"),
+    "long answer": (with_value("answer", f'"{"x" * 1_000_000}"'), "answer 'xxx"),
+    "long row": (json.dumps(["x" * 1_000_000] * 3), "a question is an object with fields, not ['xxx"),
+    "long text for options": (with_value("choices", f'"{"x y " * 250_000}"'), "choices 'x y x y"),
+    "100000 options": (with_value("choices", json.dumps(["x"] * 100_000)), "choices must be a list of 2 to 26 options"),
+    "two ways to write it": (with_value("choices", '["é", "e\u0301"]'), "the right option 'é' is there twice"),
+    "id of lists": (with_value("id", json.dumps([[1] * 1000])), "id [[1, 1, 1, 1, 1, 1, ...]] is not text"),
+    "answer of lists": (with_value("answer", "[0, 1]"), "answer [0, 1] is no index"),
+    "spaces apart": (with_value("choices", '["a", " a "]'), "the right option 'a' is there twice"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_line_is_named_in_a_line(name, tmp_path):
+    line, said = HOSTILE[name]
+    with pytest.raises(MalformedQuestions) as error:
+        read_questions(jsonl(tmp_path / "own.jsonl", [FINE, FINE, line]))
+    assert str(error.value).startswith(f"{tmp_path / 'own.jsonl'}: 1 malformed of 3 questions\n  line 3: {said}")
+    assert len(str(error.value)) < 400 and str(error.value).count("\n") == 1
+    str(error.value).encode()  # can be printed
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("deep.json", "[" * 100_000 + "]" * 100_000, "is not JSON that can be read .nested too deeply"),
+    ("digits.json", '[{"answer": ' + "1" * 5000 + "}]", "is not JSON that can be read .a number of 5000 digits"),
+    ("deep.csv", 'question,choices,answer\nq?,"' + "[" * 100_000 + '",0\n', r"line 2: choices '\[\["),
+    ("tuples.csv", 'question,choices,answer\nq?,"' + "(" * 20_000 + '",0\n', r"line 2: choices '\(\("),
+    ("twice.csv", 'question,choices,choices,answer\nq?,"[1, 2]","[3, 4]",0\n', "the header has 'choices' twice"),
+    ("semicolons.csv", 'question;choices;answer\nq?;["a", "b"];0\n', "has one column, 'question;choices;answer': .*separated by ';'"),
+    ("tabs.csv", "question\tchoices\nq?\ta\n", r"separated by '\\t'"),
+    ("zipped.jsonl", b"\x1f\x8b\x08\x00", "is not UTF-8 text"),
+    ("short.parquet", b"", "is not a parquet file"),
+    ("thrift.parquet", b"PAR1" + b"\xff" * 40 + b"\x28\x00\x00\x00PAR1", "is not a parquet file"),
+    ("blank.jsonl", "\n \n", "holds no question"), ("bom.jsonl", b"\xef\xbb\xbf", "holds no question"), ("none.json", "[]", "holds no question"),
+    ("object.json", json.dumps({"version": 1, "data": [FINE]}, indent=1), "line 1: no field 'question'\n  fields found: version, data"),
+], ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "")
+def test_a_hostile_file_is_named(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"{name}(.|\n)*{said}") as error:
+        bm.load_task(tmp_path / name)
+    assert max(map(len, str(error.value).splitlines())) < 500 and str(error.value).count("\n") <= 4
+
+
+def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path):
+    lines = [json.dumps(FINE), json.dumps(FINE | {"answer": "b"})]
+    (tmp_path / "own.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
+    assert right(read_questions(tmp_path / "own.jsonl")) == ["a", "b"]
+    (tmp_path / "own.csv").write_bytes(b'\xef\xbb\xbfquestion,choices,answer\r\nq?,"[""a"", ""b""]",1\r\n')
+    assert right(read_questions(tmp_path / "own.csv")) == ["b"]
+
+
+def test_missing_ids_and_passages_of_pandas_are_none(tmp_path):
+    items = read_questions(jsonl(tmp_path / "own.jsonl", [with_value("id", "NaN"), with_value("passage", "NaN")]))
+    assert [i["id"] for i in items] == ["own-00001", "own-00002"] and "passage" not in items[1]
+
+
+@pytest.mark.parametrize("name, write, renamed", [
+    ("own.jsonl", jsonl, "pandas.read_json('{}', lines=True).rename(columns={{'YOURS': 'question'}}).to_json("),
+    ("own.json", lambda path, rows: path.write_text(json.dumps(rows)), "pandas.read_json('{}').rename("),
+    ("own.parquet", lambda path, rows: pq.write_table(pa.Table.from_pylist(rows), path), "pandas.read_parquet('{}').rename("),
+    ("own", lambda path, rows: datasets.Dataset.from_list(rows).save_to_disk(path), "datasets.load_from_disk('{}').to_pandas().rename("),
+])
+def test_where_all_rows_fail_alike_one_is_named_and_how_to_rename_the_fields(name, write, renamed, tmp_path):
+    rows = [{"prompt": f"q{i}?", "possible": ["a", "b"], "right_one": i % 2} for i in range(300)]
+    path = tmp_path / name
+    write(path, rows)
+    with pytest.raises(MalformedQuestions) as error:
+        bm.load_task(path)
+    first, line, found, expected, how = str(error.value).splitlines()
+    assert first == f"{path}: 300 malformed of 300 questions, all alike" and line.endswith(" 1: no field 'question'")
+    assert found == "  fields found: prompt, possible, right_one" and expected.startswith("  fields expected: question, choices (")
+    assert how.startswith("  to rename them: " + renamed.format(path)) and len(error.value.faults) == 300
+
+
+def test_what_is_said_to_rename_the_fields_does_so(tmp_path, monkeypatch):
+    import pandas
+
+    monkeypatch.chdir(tmp_path)
+    rows = [{"YOURS": "q?", "choices": ["a", "b"], "answer": i % 2} for i in range(4)]
+    jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    csv_file(tmp_path / "d.csv", rows)
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "e")
+    for name, new in (("a.jsonl", "json"), ("b.json", "json"), ("c.parquet", "parquet"), ("d.csv", "csv"), ("e", "parquet")):
+        with pytest.raises(MalformedQuestions) as error:
+            bm.load_task(tmp_path / name)
+        eval(str(error.value).rpartition("to rename them: ")[2], {"pandas": pandas, "datasets": datasets})
+        assert right(read_questions(tmp_path / f"renamed.{new}")) == ["a", "b"] * 2
+
+
+def test_rows_that_fail_for_the_same_reason_with_other_values_are_alike(tmp_path):
+    rows = [{"ctx": "c", "endings": ["a", "b"], "label": str(i + 2)} for i in range(9)]
+    rows = [row | {"label": f"x{i}"} for i, row in enumerate(rows)]
+    with pytest.raises(MalformedQuestions, match="9 malformed of 9 questions, all alike\n  line 1: answer 'x0' is no index"):
+        read_questions(jsonl(tmp_path / "own.jsonl", rows))
+    rows[4] = FINE | {"question": ""}  # one that fails otherwise
+    with pytest.raises(MalformedQuestions, match="9 malformed of 9 questions\n  line 1") as error:
+        read_questions(jsonl(tmp_path / "own.jsonl", rows))
+    assert str(error.value).count("\n  line ") == 9
+
+
+def test_a_folder_without_files_of_ours_says_what_is_there(tmp_path):
+    for name in ("train.jsonl.gz", "test.jsonl"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"has no train file \(.parquet, .*\); there are: test.jsonl, train.jsonl.gz"):
+        jsonl(tmp_path / "test.jsonl", [FINE])
+        bm.load_task(tmp_path)
+
+
+@pytest.mark.parametrize("name, content", [("dataset_dict.json", "{"), ("state.json", "{}")])
+def test_a_damaged_dataset_folder_is_named(name, content, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / name).write_text(content)
+    with pytest.raises(ValueError, match="own cannot be read as a dataset that was saved: "):
+        bm.load_task(tmp_path / "own")
