@@ -54,9 +54,10 @@ def _remove(folder: Path, lock: Lock, process: int) -> None:
     """With the sign of whose it is last, so that what is left of it can still be told from other folders."""
     if os.getpid() != process:  # a fork of the owner ends
         return
-    for path in folder.glob("*.safetensors"):
-        with suppress(OSError):
-            path.unlink()
+    for path in folder.iterdir():
+        if path != lock.path:
+            with suppress(OSError):
+                path.unlink()
     lock.let_go()
     with suppress(OSError):
         folder.rmdir()

@@ -6,7 +6,7 @@ never overwritten or removed. Nothing here imports torch before it is needed.
 """
 from __future__ import annotations
 
-import errno, hashlib, json, math, os, re, sys, time
+import errno, hashlib, json, math, os, re, shutil, sys, time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -197,6 +197,7 @@ class Folder:
         try:
             with locked(folder / _LOCK):
                 self.check_free(folder)
+                self._sweep(folder)
                 try:
                     self._save(folder, write, values)
                 finally:
@@ -207,7 +208,8 @@ class Folder:
                     folder.rmdir()
 
     def _save(self, folder: Path, write: Callable[[Path], None], values: Mapping) -> None:
-        new, manifest = folder / _NEW, folder / self.manifest
+        new, manifest = folder / _NEW / self.what, folder / self.manifest
+        new.parent.mkdir()                            # for what the writer itself may put beside
         if kind_of(folder) is None:                   # so that at no moment there are data without a manifest that says whose they are
             replace_file(manifest, json.dumps({"what": self.what, "unfinished": True}))
         write(new)
@@ -256,29 +258,40 @@ class Folder:
     def read(self, folder: str | Path, load: Callable[[Path], T]) -> tuple[dict, T]:
         """The manifest and ``load(path)`` of its data, both of one save whatever is written meanwhile. ``ValueError`` as
         :meth:`values`, or if either is damaged."""
-        manifest = self.values(folder)
         while True:
-            path = self._data(Path(folder), manifest)
-            with suppress(FileNotFoundError):
+            version, manifest = self._version(folder), self.values(folder)
+            path, failure = self._data(Path(folder), manifest), None
+            try:
                 if _checksum(path, manifest) == manifest.get("checksum"):
                     return manifest, load(path)
-            before, manifest = manifest, self.values(folder)
-            if manifest == before:                    # and not replaced in the meantime
+            except Exception as error:                # of whatever kind a reader makes of a file that has just gone
+                failure = error
+            if self._version(folder) != version:      # replaced in the meantime
+                continue
+            if failure is None or isinstance(failure, FileNotFoundError):
                 raise ValueError(f"{folder} holds no whole {self._title}: it is cut short, or changed since it was written; "
-                                 "remove it and fit again")
+                                 "remove it and fit again") from None
+            raise failure
 
     # ---- names
     @property
     def _title(self) -> str:
         return "checkpoint" if self.what == "state" else self.what
 
+    def _version(self, folder: str | Path) -> tuple | None:
+        """Another one whenever the manifest has been replaced, also by an equal one."""
+        with suppress(OSError):
+            status = os.stat(Path(folder) / self.manifest)
+            return status.st_ino, status.st_mtime_ns
+        return None
+
     def _data(self, folder: Path, manifest: Mapping) -> Path:
         return folder / Path(str(manifest.get("file", f"{self.what}.safetensors"))).name
 
     def _sweep(self, folder: Path) -> None:
         """Removes what is ours and belongs to no whole save; the lock is held."""
-        for name in _PASSING[1:]:
-            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / _NEW, ignore_errors=True)
+        (_beside(folder / self.manifest, "new")).unlink(missing_ok=True)
         if kind_of(folder) != self.what:
             return
         manifest = _read_json(folder / self.manifest)
