@@ -6,12 +6,12 @@ recomputes nothing and an interrupted build never looks finished.
 """
 from __future__ import annotations
 
-import hashlib, io, json, math, os, re, shutil, sys, time, uuid
-from contextlib import contextmanager
+import io, json, math, os, re, shutil, sys, time, uuid
 from datetime import datetime, timezone
 from pathlib import Path
 
 from .source import PACKAGE, closure, code_version, library_versions
+from .storage import _canonical, atomic_write, fingerprint, locked, model_fingerprint, replace_file, sha256  # noqa: F401
 
 _PROCESS_RUN = uuid.uuid4().hex[:12]                  # stands in for the run id when BMOE_FRESH is just "1"
 
@@ -25,74 +25,6 @@ def project_root() -> Path:
         if (folder / "pyproject.toml").is_file() and (folder / "bmoe_utils").is_dir():
             return folder
     raise FileNotFoundError("no project folder above the working directory: set BMOE_ROOT to the one that holds notebooks/")
-
-
-def atomic_write(path: str | Path, content: str | bytes) -> Path:
-    """Write beside `path`, then move: a reader sees the old content or the new, never half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}")
-    try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
-
-
-# ---------------------------------------------------------------------------------------------- fingerprints
-def _canonical(obj, where: str):
-    """`obj` as plain JSON values, or a TypeError that says where in the config the culprit is."""
-    if hasattr(obj, "dtype") and getattr(obj, "ndim", None) == 0:          # a numpy or torch scalar
-        obj = obj.item()
-    if obj is None or isinstance(obj, (bool, int, str)):
-        return obj
-    if isinstance(obj, float):
-        if math.isfinite(obj):
-            return obj
-        raise TypeError(f"{where} is {obj}, which JSON cannot hold")
-    if isinstance(obj, (list, tuple)):
-        return [_canonical(value, f"{where}[{i}]") for i, value in enumerate(obj)]
-    if isinstance(obj, dict):
-        for key in obj:
-            if not isinstance(key, str):
-                raise TypeError(f"{where} has the key {key!r}: keys must be strings")
-        return {key: _canonical(value, f"{where}.{key}") for key, value in obj.items()}
-    raise TypeError(f"{where} is a {type(obj).__name__}: use JSON values (for data or a model, its fingerprint)")
-
-
-def fingerprint(obj) -> str:
-    """sha256 of JSON values (whatever the order of keys), of bytes, or of the content of a file or folder (a `Path`)."""
-    if isinstance(obj, bytes):
-        return hashlib.sha256(obj).hexdigest()
-    if isinstance(obj, Path):
-        digest = hashlib.sha256()
-        files = sorted(p for p in obj.rglob("*") if p.is_file()) if obj.is_dir() else [obj]
-        for file in files:
-            name = file.relative_to(obj).as_posix() if obj.is_dir() else ""
-            digest.update(f"{name}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
-        return digest.hexdigest()
-    text = json.dumps(_canonical(obj, "config"), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def model_fingerprint(model) -> str:
-    """sha256 over names, shapes, dtypes and bytes of parameters and persistent buffers; the device does not matter."""
-    import torch
-    from . import offload
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_meta:
-            owner, _, leaf = name.rpartition(".")
-            tensor = offload.values(model.get_submodule(owner), leaf)
-        digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
-        flat = tensor.detach().reshape(-1)
-        for block in flat.split(1 << 22):             # in blocks: a large model is never copied to the host whole
-            digest.update(memoryview(block.cpu().contiguous().view(torch.uint8).numpy()))
-    return digest.hexdigest()
 
 
 def peak_memory_mb(children: bool = False) -> float | None:
@@ -127,24 +59,24 @@ class Store:
         run = {"": "", "0": "", "1": _PROCESS_RUN}.get(value := os.environ.get("BMOE_FRESH", ""), value)
         if not fresh and self._finished(final, run):
             return final
-        with self._lock(final.name):                  # a second process waits here, then finds the first one's result
+        beside = self.root / f".building-{final.name}"
+        # a second process waits here, then finds the first one's result
+        with locked(self.root / f".{final.name}.lock", say=f"waiting: another process is building {final.name}"):
+            self._settle(beside, final)
             if not fresh and self._finished(final, run):
                 return final
-            self._sweep(final.name)
-            beside = self.root / f".building-{final.name}-{uuid.uuid4().hex[:6]}"
+            if damage := self._damage(final):
+                print(f"{final.name} is damaged ({damage}): building it again", file=sys.stderr, flush=True)
             beside.mkdir()
             try:
                 start = time.perf_counter()
                 build(beside)
-                files = {p.relative_to(beside).as_posix(): p.stat().st_size for p in sorted(beside.rglob("*")) if p.is_file()}
+                files = {p.relative_to(beside).as_posix(): sha256(p) for p in sorted(beside.rglob("*")) if p.is_file()}
                 manifest = {**key, "run": run, "files": files, "seconds": round(time.perf_counter() - start, 2),
                             "peak_rss_mb": peak_memory_mb(), "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-                atomic_write(beside / "manifest.json", json.dumps(manifest, indent=1))
-                if final.exists():                    # stale or damaged: moved aside first, a folder cannot replace a folder
-                    final.rename(self.root / f".building-{final.name}-old{uuid.uuid4().hex[:6]}")
-                beside.rename(final)
+                replace_file(beside / "manifest.json", json.dumps(manifest, indent=1))
             finally:
-                self._sweep(final.name)
+                self._settle(beside, final)
         return final
 
     def json(self, kind: str, config: dict, compute, *, code=(), fresh: bool = False):
@@ -172,31 +104,45 @@ class Store:
             return {name: file.get_tensor(name).numpy() if name in numpy else file.get_tensor(name) for name in file.keys()}
 
     def _finished(self, final: Path, run: str) -> bool:
+        """Whether every file is what its manifest says, by content; read once in a process (:func:`storage.sha256`)."""
         try:
             manifest = json.loads((final / "manifest.json").read_text(encoding="utf-8"))
-            whole = all((final / name).stat().st_size == size for name, size in manifest["files"].items())
-            return whole and (not run or manifest["run"] == run)
+            return (not run or manifest["run"] == run) and all(sha256(final / name) == known for name, known in manifest["files"].items())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
-    @contextmanager
-    def _lock(self, name: str):
-        from filelock import FileLock, Timeout
-        self.root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / f".{name}.lock")
+    def _damage(self, final: Path) -> str | None:
+        """What is wrong with what was finished once, in a few words. Where there are no checksums, it is of an older version."""
+        if not final.exists():
+            return None
         try:
-            lock.acquire(timeout=1)
-        except Timeout:
-            print(f"waiting: another process is building {name}", file=sys.stderr, flush=True)
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+            files = json.loads((final / "manifest.json").read_text(encoding="utf-8"))["files"].items()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return "manifest.json cannot be read"
+        missing = [f"{name} is missing" for name, _ in files if not (final / name).is_file()]
+        changed = [f"{name} has changed since it was written" for name, known in files
+                   if isinstance(known, str) and (final / name).is_file() and sha256(final / name) != known]
+        return next(iter(missing + changed), None)
 
-    def _sweep(self, name: str):
-        """Remove what unfinished builds of this artefact left (its lock is held, so none of them is alive)."""
-        for leftover in self.root.glob(f".building-{name}-*"):
+    def _settle(self, beside: Path, final: Path):
+        """Put a build that is whole, which its manifest says, in place; remove one that is not. The artefact's lock is held.
+
+        Where another one is in place (asked for afresh, or damaged), it is replaced file by file, its manifest last, so that whoever
+        reads from there meanwhile finds every file; when that is cut short, the next call goes on with it.
+        """
+        if (beside / "manifest.json").exists():
+            names = [*json.loads((beside / "manifest.json").read_text(encoding="utf-8"))["files"], "manifest.json"]
+            if not final.exists():
+                beside.rename(final)
+                return
+            for name in names:
+                if (beside / name).exists():
+                    (final / name).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(beside / name, final / name)
+            for path in final.rglob("*"):
+                if path.is_file() and path.relative_to(final).as_posix() not in names:
+                    path.unlink()
+        for leftover in self.root.glob(f"{beside.name}*"):       # with a suffix: of earlier versions
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -237,11 +183,18 @@ def _plain(value):
 
 def save_result(chapter: str, name: str, numbers) -> Path:
     """Write a dict (or list) as <chapter>_<name>.json, a DataFrame as .csv (and .tex), into the run's figures folder."""
+    for path, text in (files := _as_files(chapter, name, numbers)).items():
+        atomic_write(path, text)
+    return next(iter(files))
+
+
+def _as_files(chapter: str, name: str, numbers) -> dict[Path, str]:
+    """What :func:`save_result` writes, the file it returns first."""
     if hasattr(numbers, "to_csv"):
         plain = all(index is None for index in numbers.index.names)          # an unnamed index carries nothing
-        atomic_write(_target(chapter, name, ".tex"), latex(numbers, index=not plain))
-        return atomic_write(_target(chapter, name, ".csv"), numbers.to_csv(index=not plain, float_format="%.6g", lineterminator="\n"))
-    return atomic_write(_target(chapter, name, ".json"), json.dumps(_plain(numbers), indent=1, ensure_ascii=False) + "\n")
+        return {_target(chapter, name, ".csv"): numbers.to_csv(index=not plain, float_format="%.6g", lineterminator="\n"),
+                _target(chapter, name, ".tex"): latex(numbers, index=not plain)}
+    return {_target(chapter, name, ".json"): json.dumps(_plain(numbers), indent=1, ensure_ascii=False) + "\n"}
 
 
 def latex(table, *, index: bool = True) -> str:
@@ -257,6 +210,7 @@ def save_figure(fig, chapter: str, name: str, numbers=None, *, dpi: int = 150) -
     """Write `fig` as <chapter>_<name>.png, and its numbers beside it; in a notebook, show it as it was written and close it.
 
     The same figure gives the same bytes, and one that is there already, pixel by pixel, keeps those it has, whatever library wrote them.
+    Nothing is written before all of it is made, and numbers never without the picture they belong to: it is written first.
     """
     from PIL import Image
     path, drawn, written = _target(chapter, name, ".png"), io.BytesIO(), io.BytesIO()
@@ -268,9 +222,8 @@ def save_figure(fig, chapter: str, name: str, numbers=None, *, dpi: int = 150) -
             written.write(path.read_bytes())
         else:
             picture.save(written, format="png", dpi=(dpi, dpi), optimize=True)
-    if numbers is not None:
-        save_result(chapter, name, numbers)
-    atomic_write(path, written.getvalue())
+    for target, content in ({path: written.getvalue()} | ({} if numbers is None else _as_files(chapter, name, numbers))).items():
+        atomic_write(target, content)
     _show(fig, written.getvalue(), width * 100 // dpi)
     return path
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .artefacts import fingerprint
-from .files import replace_folder
+from .storage import Folder, fingerprint
+
+FILES = Folder("state", manifest="state.json")
 
 
 class Checkpoint:
     """One resumable loop's last saved state in ``folder``; ``key`` is what determines the loop (JSON values).
 
-    ``save`` replaces the state whole or not at all. ``load`` gives None where there is none (no folder, or an empty one); what is
-    another loop's, or damaged, is refused and left as it is. ``folder=None``: nothing is ever written.
+    ``save`` replaces the state whole or not at all. ``load`` gives None where there is none (no folder, an empty one, or one whose
+    first save was cut short); what is another loop's, damaged or something else is refused and left as it is, and should be asked
+    for before the loop begins. ``folder=None``: nothing is ever written.
     """
 
     def __init__(self, folder: str | Path | None, key: Mapping):
@@ -27,32 +26,27 @@ class Checkpoint:
 
     def save(self, values: Mapping, tensors: Mapping[str, torch.Tensor]) -> None:
         """``values`` of JSON, ``tensors`` by name."""
-        if self.folder is None:
-            return
-        with replace_folder(self.folder) as temporary:
+        if self.folder is not None:
             # cloned: safetensors refuses tensors that share storage
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary / "state.safetensors")
-            state = {"key": self.key, "tensors": fingerprint(temporary / "state.safetensors"), "values": values}
-            (temporary / "state.json").write_text(json.dumps(state))
+            copies = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+            FILES.save(self.folder, lambda path: save_file(copies, path), {"key": self.key, "values": values})
 
     def load(self) -> tuple[dict, dict[str, torch.Tensor]] | None:
         """What was saved last, ``(values, tensors)``. ``ValueError`` if the folder holds anything else than this loop's state."""
-        if self.folder is None or not self.folder.exists() or self.folder.is_dir() and not any(self.folder.iterdir()):
+        if self.folder is None:
             return None
-        try:
-            state, path = json.loads((self.folder / "state.json").read_text()), self.folder / "state.safetensors"
-            if not (foreign := state["key"] != self.key) and fingerprint(path) == state["tensors"]:
-                return state["values"], load_file(path)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-            foreign = False
-        what = ("the checkpoint of another fit (another model, other options or other data)" if foreign
-                else "no whole checkpoint (cut short, changed, or something else)")
-        raise ValueError(f"{self.folder} holds {what}; give the fit it belongs to, or remove the folder to start over")
+        if not FILES.holds_one(self.folder):
+            return None
+        state, tensors = FILES.read(self.folder, load_file)
+        if state["key"] != self.key:
+            raise ValueError(f"{self.folder} holds the checkpoint of another fit (another model, other options or other data); give the "
+                             "fit it belongs to, or remove the folder to start over")
+        return state["values"], tensors
 
     def remove(self) -> None:
-        """At the end of the loop."""
+        """At the end of the loop: what was written for it, and the folder if nothing else is in it."""
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            FILES.remove(self.folder)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[list, dict[str, torch.Tensor]]:

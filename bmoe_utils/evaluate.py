@@ -12,9 +12,9 @@ from safetensors.numpy import load as from_bytes
 from safetensors.numpy import save as to_bytes
 
 from . import metrics, models
-from .artefacts import atomic_write
 from .capture import capturing, expert_layers, recording
 from .progress import track
+from .storage import atomic_write
 
 # summary key -> (column, arrow towards better); the one order of columns in every table
 COLUMNS = {

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import curvature
-from .artefacts import fingerprint, model_fingerprint
 from .capture import Slots, capturing, down_weight
 from .checkpoint import Checkpoint
 from .columns import backward_passes, read_out, routes_of, slot_rows
@@ -22,6 +21,7 @@ from .labels import drawn_labels, item_marks
 from .on_disk import Scratch
 from .parallel import Ranks
 from .progress import track
+from .storage import fingerprint, model_fingerprint
 from .sums import DenseRows, KronSums, SquareSums, factor_bytes, first_sums
 
 # What a checkpoint keeps of a fit beside its sums, its finished posteriors and its stage.

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from . import curvature
-from .artefacts import fingerprint, model_fingerprint
 from .capture import capturing, frozen
 from .checkpoint import Checkpoint, optimizer_state, restore_optimizer
 from .models import option_logits
 from .progress import track
 from .routers import Routers, attach_routers
 from .routing import SwagMoments
+from .storage import fingerprint, model_fingerprint
 from .train import answer_nll
 
 # What a method's fit takes besides the loop's options. `tail`: the share of the steps SWAG collects over; `member_noise`: where

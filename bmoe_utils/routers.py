@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from . import routing
-from .artefacts import model_fingerprint
 from .capture import select_layers, unwrap
 from .files import CheckedFolder
 from .models import option_logits
 from .router_families import FAMILIES
 from .router_rules import Rule, find_routers, linear_map
+from .storage import model_fingerprint
 
 FILES = CheckedFolder("routers", format=2)
 INFERENCE = ("inside", "whole-model")
@@ -311,22 +311,26 @@ class Routers:
 
     # ---- files ------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> None:
-        """Writes ``routers.safetensors`` and ``manifest.json``, beside and then moved."""
+        """Writes ``routers.safetensors`` and ``manifest.json``; whole or not at all, into a folder of theirs or an empty one, as
+        :meth:`ExpertLaplace.save` does. ``ValueError`` where the folder holds anything but routers, ``OSError`` where it cannot be
+        written; what is there is then as it was.
+        """
+        FILES.check_free(folder)
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.families.state_dict().items()}
         values = {name: getattr(self, name) for name in
                   ("method", "layers", "inference", "num_samples", "seed", "prior_mean", "options", "fitted")}
-        FILES.save(folder, tensors, values, self.model)
+        FILES.save_fitted(folder, tensors, values, self.model)
 
     @classmethod
     def load(cls, folder: str | Path, model: nn.Module, *, method: str | None = None) -> Routers:
         """Attaches saved routers to the model they were fitted on; ``method``: the one the caller relies on.
 
-        ``ValueError`` if the files are missing, damaged or of another format, method or model; the model is then untouched.
+        ``ValueError`` if the files are missing, damaged, of another format, method or model, or of something else (a posterior); the
+        model is then untouched.
         """
-        saved = FILES.values(folder)
+        saved, tensors = FILES.load_fitted(folder, model)
         if method not in (None, saved["method"]):
             raise ValueError(f"{folder} holds routers of method {saved['method']!r}, not {method!r}")
-        tensors = FILES.tensors(folder, saved, model)
         routers = attach_routers(model, saved["method"], layers=saved["layers"], inference=saved["inference"],
                                  num_samples=saved["num_samples"], seed=saved["seed"], **saved["options"])
         routers.restore(tensors)

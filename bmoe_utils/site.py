@@ -4,7 +4,7 @@ Both are made from the files of the run alone: nothing is computed here, and wha
 """
 from __future__ import annotations
 
-import csv, html, json, shutil
+import csv, html, json, shutil, sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,15 +27,22 @@ th:first-child, td:first-child {{ text-align: left; }} .wide {{ overflow-x: auto
 
 
 def results(figures: Path) -> dict:
-    """Chapter number -> file name without it -> content of every JSON and CSV file in ``figures`` (a CSV as a list of rows, all text)."""
+    """Chapter number -> file name without it -> content of every JSON and CSV file in ``figures`` (a CSV as a list of rows, all text).
+
+    A damaged one is left out, and a line to stderr names it.
+    """
     found: dict[str, dict] = {}
     for path in sorted([*figures.glob("[0-9][0-9]_*.json"), *figures.glob("[0-9][0-9]_*.csv")]):
         chapter, _, name = path.name.partition("_")
-        if path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            with path.open(newline="", encoding="utf-8") as file:
-                content = list(csv.DictReader(file))
+        try:
+            if path.suffix == ".json":
+                content = json.loads(path.read_text(encoding="utf-8"))
+            else:
+                with path.open(newline="", encoding="utf-8") as file:
+                    content = list(csv.DictReader(file))
+        except (OSError, ValueError, RecursionError, csv.Error) as error:
+            print(f"{path} is left out: it cannot be read ({error}); run chapter {chapter} again", file=sys.stderr, flush=True)
+            continue
         found.setdefault(chapter, {})[name] = content
     return found
 

@@ -2,6 +2,8 @@
 import json
 import multiprocessing
 import os
+import random
+import signal
 import time
 
 import numpy as np
@@ -9,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bmoe_utils import artefacts, evaluate, world
+from bmoe_utils import artefacts, evaluate, storage, world
 from bmoe_utils.artefacts import Store, atomic_write, fingerprint, model_fingerprint, project_root, save_figure, save_result
 
 
@@ -38,7 +40,7 @@ def test_second_request_is_served_from_disk(store):
     assert store.folder("model", {"lr": 0.1, "steps": 3}, build) == first and build.calls == 1
     assert first.name.startswith("model-") and len(first.name) == len("model-") + 12
     manifest = json.loads((first / "manifest.json").read_text())
-    assert manifest["config"] == {"steps": 3, "lr": 0.1} and manifest["files"] == {"weights.bin": 100}
+    assert manifest["config"] == {"steps": 3, "lr": 0.1} and manifest["files"] == {"weights.bin": fingerprint(b"w" * 100)}
     assert {"code", "versions", "created", "seconds", "peak_rss_mb"} <= set(manifest)
 
 
@@ -124,6 +126,103 @@ def test_damaged_artefact_is_rebuilt(store, damage):
     damage(folder)
     assert store.folder("model", {}, build) == folder and build.calls == 2
     assert (folder / "weights.bin").stat().st_size == 100 and len(finished(store)) == 1
+
+
+@pytest.mark.parametrize("place", [0, 57, 99])
+def test_a_flipped_bit_is_found_by_the_next_process_and_built_again(store, place, capfd):
+    build = Counter()
+    folder = store.folder("model", {}, build)
+    data = bytearray((folder / "weights.bin").read_bytes())
+    data[place] ^= 0b0100_0000
+    (folder / "weights.bin").write_bytes(data)                              # of the same size
+    assert store.folder("model", {}, build) == folder and build.calls == 2
+    assert (folder / "weights.bin").read_bytes() == b"w" * 100
+    said = capfd.readouterr().err
+    assert said == f"{folder.name} is damaged (weights.bin has changed since it was written): building it again\n"
+
+
+def test_what_has_no_checksums_is_built_again_in_silence(store, capfd):
+    build = Counter()
+    folder = store.folder("model", {}, build)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": {"weights.bin": 100}}))
+    assert store.folder("model", {}, build) == folder and build.calls == 2 and not capfd.readouterr().err
+
+
+def test_contents_are_read_once_in_a_process(store, monkeypatch):
+    build, read, digest = Counter(), [], storage.hashlib.file_digest
+    folder = store.folder("model", {}, build)
+    os.utime(folder / "weights.bin", (1e9, 1e9))                            # not just written
+    monkeypatch.setattr(storage.hashlib, "file_digest", lambda *a: (read.append(1), digest(*a))[1])
+    for _ in range(5):
+        store.folder("model", {}, build)
+    assert build.calls == 1 and len(read) == 1
+
+
+class Stopped(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_replacement_that_is_cut_short_loses_neither_and_readers_find_every_file(store, number, monkeypatch):
+    """Stopped before each move; nothing that would have cleaned up runs, as after a kill."""
+    calls, moved, replace = [], [], os.replace
+
+    def build(path):
+        calls.append(1)
+        for name in "abc":
+            (path / name).write_text(f"{name}{len(calls)}")
+
+    folder = store.folder("model", {}, build)
+
+    def stopping(source, target):
+        if source.parent.name.startswith(".building") and source.name != ".manifest.json.bmoe-new":
+            moved.append(target)
+            if len(moved) > number:
+                raise Stopped
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stopping)
+        try:
+            store.folder("model", {}, build, fresh=True)
+        except Stopped:
+            pass
+    assert len(moved) > number or len(moved) == 4                           # three files and the manifest
+    assert all((folder / name).read_text() in (f"{name}1", f"{name}2") for name in "abc")
+    assert store.folder("model", {}, build) == folder and len(calls) == 2   # what was built is not built again
+    now = 2 if number else 1                                                # before the first move it is still the old one
+    assert [(folder / name).read_text() for name in "abc"] == [f"a{now}", f"b{now}", f"c{now}"]
+    store.folder("model", {}, build, fresh=True)
+    assert [p.name for p in store.root.iterdir()] == [folder.name]
+
+
+def _rebuilding(root):
+    def build(path):
+        content = os.urandom(1) * 5000
+        for name in "ab":
+            (path / name).write_bytes(content)
+    while True:
+        Store(root).folder("model", {}, build, fresh=True)
+
+
+def test_killed_while_it_is_replaced_it_is_whole_for_the_next(store):
+    moments, context = random.Random(0), multiprocessing.get_context("fork")
+
+    def build(path):
+        raise AssertionError("there was one")
+
+    folder = store.folder("model", {}, lambda path: [(path / name).write_text("x") for name in "ab"])
+    for _ in range(20):
+        process = context.Process(target=_rebuilding, args=(store.root,))
+        process.start()
+        time.sleep(moments.uniform(0, 0.02))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert store.folder("model", {}, build) == folder
+        assert (folder / "a").read_bytes() == (folder / "b").read_bytes()
+    store.folder("model", {}, lambda path: None, fresh=True)
+    assert [p.name for p in store.root.iterdir()] == [folder.name]
 
 
 def test_fresh_ignores_what_is_finished(store, monkeypatch):
@@ -230,6 +329,17 @@ def test_same_figure_same_bytes(project, monkeypatch):
     assert second.parent == project / "figures" and second.read_bytes() == first.read_bytes()
     assert second.with_suffix(".csv").read_text() == "method,nll\nMAP,0.333333\n"
     assert second.stat().st_size < 100_000 and b"Matplotlib" not in second.read_bytes()
+
+
+def test_numbers_are_never_there_without_their_picture(project, monkeypatch):
+    with pytest.raises(TypeError):
+        save_figure(_figure(), "04", "line", {"x": object()})
+    assert not (project / "data" / "runs").exists()                         # neither
+    written = []
+    monkeypatch.setattr(artefacts, "atomic_write", lambda path, content: written.append(path.name))
+    save_figure(_figure(), "04", "line", {"x": 1})
+    save_figure(_figure(), "04", "line", pd.DataFrame({"x": [1]}))
+    assert written == ["04_line.png", "04_line.json", "04_line.png", "04_line.csv", "04_line.tex"]
 
 
 def test_a_figure_that_is_there_keeps_its_bytes_and_another_replaces_it(project):

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny import tiny_batch, tiny_model
 
 import bmoe_utils as bm
 from bmoe_utils.capture import expert_layers
+from bmoe_utils.routers import Routers
 
 
 def fitted(model, batches, **options):
@@ -65,6 +67,62 @@ def test_a_failed_save_leaves_the_previous_files(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["posterior"]
     monkeypatch.undo()
     bm.ExpertLaplace.load(tmp_path / "posterior", model)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")])
+def test_a_full_disk_names_the_folder(error, tmp_path, monkeypatch):
+    la = fitted(tiny_model(), [tiny_batch()])
+    monkeypatch.setattr("bmoe_utils.files.save_file", lambda *a, **k: (_ for _ in ()).throw(error))
+    with pytest.raises(OSError, match="posterior could not be written .*No space left.*intact"):
+        la.save(tmp_path / "posterior")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_that_is_not_a_posterior_is_replaced(tmp_path, monkeypatch):
+    """Also before anything is computed, and before a fit that would keep its state there."""
+    model, batch = tiny_model(), tiny_batch()
+    la = fitted(model, [batch])
+    results, saved, attached = tmp_path / "results", tmp_path / "saved", tmp_path / "routers"
+    results.mkdir()
+    (results / "model.safetensors").write_bytes(b"weights")
+    la.save(saved)
+    with bm.attach_routers(model, "mfvr") as routers:
+        routers.save(attached)
+        for folder in (results, saved):
+            with pytest.raises(ValueError, match="no whole routers of ours"):
+                routers.save(folder)
+        for folder in (results, saved, attached):
+            with pytest.raises(ValueError, match="no whole checkpoint of ours"):
+                routers.fit([batch], checkpoint=folder, epochs=1, progress=False)
+    monkeypatch.setattr("bmoe_utils.fitting.read_out", lambda *a: pytest.fail("the fit began"))
+    monkeypatch.setattr("bmoe_utils.files.model_fingerprint", lambda *a: pytest.fail("the save began"))
+    for folder in (results, saved, attached):
+        with pytest.raises(ValueError, match=f"{folder.name} holds .*no whole checkpoint of ours"):
+            bm.ExpertLaplace(model).fit([batch], checkpoint=folder, progress=False)
+    for folder in (results, attached):
+        with pytest.raises(ValueError, match=f"{folder.name} holds .*no whole posterior of ours.*new or an empty folder"):
+            la.save(folder)
+    monkeypatch.undo()
+    assert [p.name for p in results.iterdir()] == ["model.safetensors"]
+    with pytest.raises(ValueError, match="saved holds a posterior, not routers"):
+        Routers.load(saved, model)
+    with pytest.raises(ValueError, match="routers holds routers, not a posterior"):
+        bm.ExpertLaplace.load(attached, model)
+    assert torch.equal(bm.ExpertLaplace.load(saved, model)(batch), la(batch))
+
+
+def test_a_posterior_takes_anothers_place_and_leaves_the_rest(tmp_path):
+    model, batch = tiny_model(), tiny_batch()
+    one, two = fitted(model, [batch]), fitted(model, [batch], hessian_structure="diag")
+    one.save(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    two.save(tmp_path)
+    again = bm.ExpertLaplace.load(tmp_path, model)
+    assert torch.equal(again(batch), two(batch)) and len(list(tmp_path.iterdir())) == 3
+    again.save(tmp_path)  # its tensors are mapped from the file that is there
+    one.save(tmp_path)
+    assert torch.equal(again(batch), two(batch)) and torch.equal(bm.ExpertLaplace.load(tmp_path, model)(batch), one(batch))
+    assert (tmp_path / "README.md").read_text() == "mine" and len(list(tmp_path.iterdir())) == 3
 
 
 def test_bad_options_are_named():

@@ -12,7 +12,7 @@ from tiny import tiny_batch, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bmoe_utils as bm
-from bmoe_utils import checkpoint, curvature, files, fitting
+from bmoe_utils import checkpoint, curvature, fitting
 from bmoe_utils.capture import expert_layers
 
 BATCHES = [tiny_batch(4, length=5, seed=s) for s in range(7)]
@@ -71,8 +71,8 @@ class Countdown(TorchDispatchMode):
 
 def counted(countdown, monkeypatch):
     """Every step of writing a checkpoint counts as an operation too."""
-    for owner, name in ((checkpoint, "save_file"), (json, "dumps"), (files.Path, "rename"), (files.Path, "mkdir"),
-                        (files.shutil, "rmtree")):
+    for owner, name in ((checkpoint, "save_file"), (json, "dumps"), (os, "replace"), (os, "open"), (os, "unlink"), (os, "mkdir"),
+                        (os, "rmdir")):
         original = getattr(owner, name)
 
         def stepping(*args, original=original, **kwargs):
@@ -112,9 +112,8 @@ def test_killed_at_any_moment_and_resumed_it_is_the_uninterrupted_fit(part, tmp_
         moments.randrange(1, operations)  # the child's draw is not seen here
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        if folder.exists():
-            state = json.loads((folder / "state.json").read_text())
-            assert checkpoint.fingerprint(folder / "state.safetensors") == state["tensors"]
+        if checkpoint.FILES.holds_one(folder):
+            checkpoint.FILES.read(folder, checkpoint.load_file)
             resumed += 1
         assert same(fit(model, folder, **options), whole)
         assert not folder.exists()
@@ -210,6 +209,15 @@ def test_a_full_disk_is_said_and_the_previous_checkpoint_intact(error, tmp_path,
             fit(model, folder)
     assert unchanged(folder, before)
     assert same(fit(model, folder), fit(model))
+
+
+def test_at_the_end_of_a_fit_only_its_own_files_go(tmp_path, monkeypatch):
+    model, folder = tiny_model(), tmp_path / "state"
+    halted(model, folder, monkeypatch)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "figures").mkdir()
+    fit(model, folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["figures", "notes.txt"]
 
 
 def test_without_a_folder_nothing_is_written_and_an_empty_one_is_none(tmp_path, monkeypatch):

@@ -1,10 +1,14 @@
 """Posteriors that rest in files: the same bits as in memory, a layer at a time, and nothing left behind."""
 
 import gc
+import os
+import signal
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny import tiny_batch, tiny_model
 
 import bmoe_utils as bm
@@ -71,7 +75,7 @@ def test_the_files_go_with_the_posterior_and_a_refit_leaves_the_previous_ones(tm
     assert len(list(folder.iterdir())) == 1
     with monkeypatch.context() as patch:
         patch.setattr(on_disk, "save_file", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=r"offload='.*off': .*No space left.*takes [\d,]+ bytes, with [\d,]+ free.* is intact"):
             la.fit(BATCHES[:1], offload=folder, progress=False)
     gc.collect()
     assert torch.equal(la.predictive_logits(TEST)[1], before) and len(list(folder.iterdir())) == 1
@@ -81,6 +85,40 @@ def test_the_files_go_with_the_posterior_and_a_refit_leaves_the_previous_ones(tm
     del la
     gc.collect()
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")])
+def test_a_full_disk_says_what_is_needed_and_where(error, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_disk, "save_file", lambda *a: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=12_345))
+    la = bm.ExpertLaplace(tiny_model())
+    need = sum(t.nbytes for t in fit(tiny_model()).posteriors[0].tensors().values())
+    with pytest.raises(OSError, match=f"{tmp_path}': .*No space left.*takes {need:,} bytes, with 12,345 free there") as said:
+        la.fit(BATCHES, offload=tmp_path, progress=False)
+    assert "\n" not in str(said.value) and la.posteriors is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process that can be killed")
+def test_what_killed_processes_left_goes_and_nothing_else(tmp_path):
+    model, folder = tiny_model(), tmp_path / "off"
+    alive = fit(model, folder)
+    before = alive.predictive_logits(TEST)[1]
+    for kept in ("posterior-of-may", "offloaded-by-me"):
+        (folder / kept).mkdir()
+        (folder / kept / "posterior.safetensors").touch()
+    child = os.fork()
+    if child == 0:
+        scratch = on_disk.Scratch(folder)
+        scratch.rest(0, alive.posteriors[0].to("cpu"))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(list(folder.iterdir())) == 4
+    other = fit(model, folder)
+    assert len(list(folder.iterdir())) == 4  # the killed one's is gone, the new one's is there
+    assert torch.equal(alive.predictive_logits(TEST)[1], before) and torch.equal(other.predictive_logits(TEST)[1], before)
+    del alive, other
+    gc.collect()
+    assert sorted(p.name for p in folder.iterdir()) == ["offloaded-by-me", "posterior-of-may"]
 
 
 def test_with_a_checkpoint_it_is_refused(tmp_path):

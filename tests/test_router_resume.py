@@ -90,12 +90,14 @@ def test_another_fits_state_is_refused_and_left_alone(change, tmp_path, monkeypa
     assert same(fit(model, "mfvr", folder), fit(model, "mfvr"))
 
 
-@pytest.mark.parametrize("name, damage", [("state.safetensors", lambda data: data[:-7]), ("state.json", lambda data: b"{"),
-                                          ("state.json", None), ("state.safetensors", None), ("state.json", lambda data: b"[]")])
-def test_a_damaged_state_is_refused_and_left_alone(name, damage, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, damage", [(".safetensors", lambda data: data[:-7]), (".json", lambda data: b"{"), (".json", None),
+                                          (".safetensors", None), (".json", lambda data: b"[]")])
+def test_a_damaged_state_is_refused_and_left_alone(kind, damage, tmp_path, monkeypatch):
     """Written whole or not at all, it can only be damaged by something else, which should be known; the routers are as they were."""
     model, folder = moe(), tmp_path / "state"
-    good = halted(model, folder, monkeypatch)[folder / name]
+    there = halted(model, folder, monkeypatch)
+    (name,) = (p.name for p in there if p.suffix == kind)
+    good = there[folder / name]
     (folder / name).unlink() if damage is None else (folder / name).write_bytes(damage(good))
     before = {p: p.read_bytes() for p in folder.iterdir()}
     with attach_routers(model, "mfvr", num_samples=3, init_std=0.1) as routers:

@@ -46,6 +46,16 @@ def test_results_hold_every_number_and_its_provenance(ran):
                               "numbers.json": {"provenance": {"profile": "smoke"}, "seeds": [0]}}
 
 
+@pytest.mark.parametrize("name, content", [("02_cut.json", b'{"nll": 0.'), ("02_nested.json", b"[" * 100_000), ("02_bytes.json", b"\xff\xfe{}"),
+                                           ("02_bytes.csv", b"a,b\n\xff,1\n")])
+def test_a_damaged_file_is_named_and_the_rest_is_shown(tmp_path, capsys, name, content):
+    (tmp_path / "01_table.json").write_text('{"nll": 0.5}')
+    (tmp_path / name).write_bytes(content)
+    assert site.results(tmp_path) == {"01": {"table.json": {"nll": 0.5}}}
+    said = capsys.readouterr().err
+    assert said.startswith(str(tmp_path / name)) and said.endswith("run chapter 02 again\n") and said.count("\n") == 1
+
+
 def test_the_committed_figures_are_copied_not_moved(project, ran):
     elsewhere = project / "elsewhere"
     (ran / "figures").rename(elsewhere)

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import models, train
-from ..artefacts import atomic_write, fingerprint
+from ..storage import atomic_write, fingerprint
 from ..tasks import learning_texts
 from ..world import world_file
 from .data import Data

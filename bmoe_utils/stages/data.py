@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from ..artefacts import fingerprint
+from ..storage import fingerprint
 from ..tasks import Split, draw, load_task, make_loader
 
 

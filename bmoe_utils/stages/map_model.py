@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .. import models, train
-from ..artefacts import atomic_write
 from ..evaluate import Predictions, predict
 from ..metrics import fit_temperature, softmax
+from ..storage import atomic_write
 from .base_model import BaseModel
 
 

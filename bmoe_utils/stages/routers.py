@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from .. import models
-from ..artefacts import fingerprint
 from ..evaluate import Predictions
 from ..router_training import tune_routers
 from ..routers import Routers, attach_routers, find_routers
 from ..source import closure, code_version
 from ..stability import perturbed, routing_stability
+from ..storage import fingerprint
 from .map_model import MapModel
 
 
