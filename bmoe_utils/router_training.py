@@ -239,7 +239,7 @@ def validate(routers: Routers, loader: Iterable[Mapping[str, Tensor]], member: i
         with torch.no_grad():
             for batch in loader:
                 p = option_logits(routers.model, batch).softmax(-1) if alone else routers(batch)
-                picked = p.double().gather(1, batch["labels"].to(p.device)[:, None])
+                picked = p.cpu().double().gather(1, batch["labels"].cpu()[:, None])
                 total -= float(picked.clamp(min=1e-300).log().sum())
                 items += len(batch["labels"])
                 for name, value in routers.signals().items():

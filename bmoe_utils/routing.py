@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .precision import at_least_float32
+
 # Nodes of the one-dimensional Gauss-Hermite rule of the sample-free path. 9 integrate a sigmoid under N(m, s^2) to 1e-6, 4e-4,
 # 4e-3 at s = 1, 2, 3 (measured, worst m), a tenth of the error of the step before it.
 SAMPLE_FREE_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(9)
@@ -246,7 +248,8 @@ class SwagMoments:
 
     @classmethod
     def like(cls, weight: Tensor, rank: int = 20) -> SwagMoments:
-        return cls(torch.zeros_like(weight), torch.zeros_like(weight), rank=rank)
+        zeros = at_least_float32(torch.zeros_like(weight))  # the steps of a running mean are below bf16's rounding
+        return cls(zeros, zeros.clone(), rank=rank)
 
     def update(self, weight: Tensor) -> None:
         """One more point of the trajectory."""
