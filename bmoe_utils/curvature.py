@@ -154,6 +154,12 @@ class DenseBlocks:
         return cls([tensors[f"values.{e}"].clone() for e in experts], [tensors[f"vectors.{e}"].clone() for e in experts])
 
 
+def eigh(M: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.eigh`` in ``M``'s precision and on its device; computed on the CPU for MPS, where torch has none."""
+    values, vectors = torch.linalg.eigh(M.cpu() if M.device.type == "mps" else M)
+    return values.to(M.device), vectors.to(M.device)
+
+
 def dense_block(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Eigen-decomposition of ``H = rows^T rows`` from ``rows [R, P]``: values ``[r]`` > 0 and vectors ``[P, r]``.
 
@@ -163,7 +169,7 @@ def dense_block(rows: Tensor) -> tuple[Tensor, Tensor]:
     R, P = rows.shape
     if R == 0:
         return rows.new_zeros(0), rows.new_zeros(P, 0)
-    values, vectors = torch.linalg.eigh(rows @ rows.mT if R < P else rows.mT @ rows)
+    values, vectors = eigh(rows @ rows.mT if R < P else rows.mT @ rows)
     keep = values > max(R, P) * torch.finfo(rows.dtype).eps * values[-1]
     values, vectors = values[keep], vectors[:, keep]
     if R < P:

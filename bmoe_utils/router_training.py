@@ -352,7 +352,7 @@ def _fit_laplace(routers: Routers, train_loader, val_loader, seed: int, progress
                 sums[layer][1] += g.mT @ g
                 sums[layer][2] += len(u)
     for family, (A, G, n) in zip(routers.families, sums, strict=True):
-        (alpha, basis_a), (gamma, basis_g) = torch.linalg.eigh(A), torch.linalg.eigh(G)
+        (alpha, basis_a), (gamma, basis_g) = curvature.eigh(A), curvature.eigh(G)
         if rank is not None:
             alpha, basis_a = alpha[-rank:], basis_a[:, -rank:]
         family.alpha, family.basis_a = alpha.clamp(min=0), basis_a.contiguous()

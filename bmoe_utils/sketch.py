@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .curvature import eigh
 from .jacobians import Routes
 from .precision import float64
 
@@ -146,7 +147,7 @@ class Sketch:
         """Of ``M^``, its thin products in the precision that ``cast`` gives, the sums' own or :func:`float64`."""
         U, Y = cast(self.U), cast(self.Y + self.U * self.base[:, None])
         if U.shape[1] == U.shape[2]:  # U is a basis of the whole space: the factor itself
-            values, vectors = torch.linalg.eigh(Y @ U.mT)
+            values, vectors = eigh(Y @ U.mT)
             return float64(values.clamp(min=0)), vectors
         return nystrom(Y, U, torch.finfo(self.Y.dtype).eps)
 
