@@ -22,6 +22,7 @@ from .capture import IMPLEMENTATION, bare, expert_layers, unwrap
 from .curvature import sample_answers
 from .information import entropy
 from .models import option_logits
+from .precision import Masters, float64
 from .progress import track
 from .routing import SwagMoments, swag_sample
 from .train import adapted_weights, answer_nll
@@ -188,7 +189,7 @@ class MCDropout(Averaged):
     def draws(self, batch):
         with evaluating(self.model), self.dropping(), torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            return torch.stack([option_logits(self.model, batch).double().softmax(-1) for _ in range(self.passes)])
+            return torch.stack([float64(option_logits(self.model, batch)).softmax(-1) for _ in range(self.passes)])
 
 
 # ---- several settings of the weights --------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ class WeightEnsemble(Averaged):
             out = []
             for state in self.states:
                 with weights_set(self.model, state):
-                    out.append(option_logits(self.model, batch).double().softmax(-1))
+                    out.append(float64(option_logits(self.model, batch)).softmax(-1))
         return torch.stack(out)
 
 
@@ -218,19 +219,22 @@ def fit_swag(model: nn.Module, loader: Iterable[Mapping[str, Tensor]], *, epochs
     if epochs < 1 or per_epoch < 1 or rank < 2 or epochs * per_epoch < 2:
         raise ValueError(f"SWAG needs rank >= 2 and at least two points, not epochs={epochs}, per_epoch={per_epoch}, rank={rank}")
     weights = adapted_weights(model)
+    masters = Masters(weights)
     moments = {k: SwagMoments.like(v.detach(), rank) for k, v in weights.items()}
     with weights_set(model, {k: v.detach() for k, v in weights.items()}), training_only(model, weights.values()), torch.random.fork_rng():
         set_seed(seed)
-        optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(masters.values(), lr=lr, weight_decay=0.0)
         every = max(1, len(loader) // per_epoch)
         for _ in track(range(epochs), "SWAG (epochs)", progress):
             for step, batch in enumerate(loader, 1):
                 answer_nll(option_logits(model, batch), batch["labels"]).backward()
-                nn.utils.clip_grad_norm_(weights.values(), 1.0)
+                masters.take_gradients()
+                nn.utils.clip_grad_norm_(masters.values(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
+                masters.write()
                 if step % every == 0:
-                    for k, v in weights.items():
+                    for k, v in masters.items():
                         moments[k].update(v.detach().clone())
     return moments
 

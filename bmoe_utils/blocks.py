@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .capture import bare, expert_layers, frozen, unwrap
 from .models import option_logits
+from .precision import at_least_float32
 from .progress import track
 from .reach import Kernels, contrasts
 from .router_rules import find_routers
@@ -64,15 +65,16 @@ def block_kernels(model: nn.Module, fit_loader: Iterable[Mapping[str, Tensor]], 
     flat = lambda names, values: torch.cat([(x[used[n]] if n in used else x).flatten() for n, x in zip(names, values)])  # noqa: E731
     C, R = max(x["option_ids"].shape[1] for x in items), sum(int((x["option_ids"] >= 0).sum()) - 1 for x in items)
     weights = {b: [parameters[n].detach() - (1.0 if b == "norms" else 0.0) for n in names] for b, names in blocks.items()}
-    J = {b: w[0].new_empty(R, len(flat(blocks[b], w))) for b, w in weights.items()}
+    J = {b: at_least_float32(w[0].new_empty(0)).new_empty(R, len(flat(blocks[b], w)), device="cpu")
+         for b, w in weights.items()}
     logits, row = [], 0
     with frozen(model):
         every = [parameters[n].requires_grad_() for names in blocks.values() for n in names]
         for item in track(items, "Jacobians of all weights", progress):
             f = option_logits(model, item)[0]
-            logits.append(nn.functional.pad(f.detach().double(), (0, C - len(f)), value=-torch.inf))
+            logits.append(nn.functional.pad(f.detach().cpu().double(), (0, C - len(f)), value=-torch.inf))
             m, finite = int(f.isfinite().sum()), f.masked_fill(f.isinf(), 0.0)
-            for v in contrasts(f.detach().isfinite()[None])[0, : m - 1].to(f):
+            for v in contrasts(f.detach().isfinite()[None].cpu())[0, : m - 1].to(f):
                 grads = iter(torch.autograd.grad(finite, every, v, retain_graph=True, materialize_grads=True))
                 for b, names in blocks.items():
                     J[b][row] = flat(names, [next(grads) for _ in names])
@@ -87,11 +89,11 @@ def block_kernels(model: nn.Module, fit_loader: Iterable[Mapping[str, Tensor]], 
         rows = J.pop(b)
         K = torch.zeros(len(items) * (C - 1), n, dtype=torch.float64)
         K[place[:, None], place[:mine]] = (rows @ rows[:mine].mT).double()
-        slope = K.new_zeros(len(K)).index_put((place,), (rows @ flat(blocks[b], w)).double())
+        slope = K.new_zeros(len(K)).index_put((place,), (rows @ flat(blocks[b], w).to(rows)).double())
         own = rows.new_zeros(len(looked_at) * (C - 1), rows.shape[1]).index_copy(0, place[mine:] - n, rows[mine:]).view(len(looked_at), C - 1, -1)
         out["fit"][b], out["cross"][b], out["own"][b] = K[:n], K[n:], (own @ own.mT).double()
         out["fit_slope"][b], out["own_slope"][b] = slope[:n], slope[n:]
-        out["distance"][b], out["size"][b] = float(sum(x.double().square().sum() for x in w)), sum(x.numel() for x in w)
+        out["distance"][b], out["size"][b] = float(sum(x.cpu().double().square().sum() for x in w)), sum(x.numel() for x in w)
     return Kernels(**out, fit_logits=logits[:N], fit_labels=torch.cat([x["labels"] for x in fitted]), logits=logits[N:])
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .jacobians import Columns, Routes, drop_inactive, inner_products, item_jacobians, project
+from .precision import float64, moved
 
 # Of several prior precisions, as many are taken together as have weights of this many elements in all (16 MiB of float32).
 WEIGHTS = 2**22
@@ -99,7 +100,7 @@ class Eigenbasis:
         return out.view(*precision.shape, *out.shape[2:])
 
     def to(self, device: torch.device | str) -> Eigenbasis:
-        return Eigenbasis(**{k: v.to(device) for k, v in self.tensors().items()})
+        return Eigenbasis(**{k: moved(v, device) for k, v in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: v.contiguous() for k, v in vars(self).items() if v is not None}
@@ -153,6 +154,12 @@ class DenseBlocks:
         return cls([tensors[f"values.{e}"].clone() for e in experts], [tensors[f"vectors.{e}"].clone() for e in experts])
 
 
+def eigh(M: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.eigh`` in ``M``'s precision and on its device; computed on the CPU for MPS, where torch has none."""
+    values, vectors = torch.linalg.eigh(M.cpu() if M.device.type == "mps" else M)
+    return values.to(M.device), vectors.to(M.device)
+
+
 def dense_block(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Eigen-decomposition of ``H = rows^T rows`` from ``rows [R, P]``: values ``[r]`` > 0 and vectors ``[P, r]``.
 
@@ -162,7 +169,7 @@ def dense_block(rows: Tensor) -> tuple[Tensor, Tensor]:
     R, P = rows.shape
     if R == 0:
         return rows.new_zeros(0), rows.new_zeros(P, 0)
-    values, vectors = torch.linalg.eigh(rows @ rows.mT if R < P else rows.mT @ rows)
+    values, vectors = eigh(rows @ rows.mT if R < P else rows.mT @ rows)
     keep = values > max(R, P) * torch.finfo(rows.dtype).eps * values[-1]
     values, vectors = values[keep], vectors[:, keep]
     if R < P:
@@ -172,20 +179,22 @@ def dense_block(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def log_det_ratio(eigenvalues: Tensor, precision: Tensor) -> Tensor:
     """``log det(H + lambda I) - P log lambda`` from the curvature's eigenvalues ``[.., R]``; zeros add nothing. ``[..]``, float64."""
-    return torch.log1p(eigenvalues.double() / precision[..., None]).sum(-1)
+    eigenvalues = float64(eigenvalues)
+    return torch.log1p(eigenvalues / precision.to(eigenvalues.device)[..., None]).sum(-1)
 
 
 def sample_answers(mean: Tensor, cov: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
     """``softmax f``, ``f ~ N(mean, cov)``, float64 ``[S, B, C]``. ``mean [B, C]`` (-inf: no such option), ``cov [B, C, C]``."""
-    values, vectors = torch.linalg.eigh(cov.double())
+    mean, cov = float64(mean), float64(cov)
+    values, vectors = torch.linalg.eigh(cov)
     root = vectors * values.clamp(min=0).sqrt()[:, None, :]  # cov is PSD up to rounding; it may well be singular
     noise = torch.randn(num_samples, *mean.shape, dtype=torch.float64, generator=generator).to(mean.device)
-    return (mean.double() + torch.einsum("bij,sbj->sbi", root, noise)).softmax(-1)
+    return (mean + torch.einsum("bij,sbj->sbi", root, noise)).softmax(-1)
 
 
 def sample_probabilities(mean: Tensor, cov: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
-    """``E[softmax f]`` by sampling, ``[B, C]`` in the mean's dtype (:func:`sample_answers`)."""
-    return sample_answers(mean, cov, num_samples, generator).mean(0).to(mean.dtype)
+    """``E[softmax f]`` by sampling, ``[B, C]`` in the mean's dtype, on its device (:func:`sample_answers`)."""
+    return sample_answers(mean, cov, num_samples, generator).mean(0).to(mean.dtype).to(mean.device)
 
 
 def probit_probabilities(mean: Tensor, cov: Tensor) -> Tensor:

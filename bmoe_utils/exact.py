@@ -13,6 +13,7 @@ from .curvature import softmax_hessian_root
 from .columns import routes_of
 from .jacobians import item_jacobians
 from .laplace import ExpertLaplace
+from .precision import float64
 from .progress import track
 
 
@@ -46,15 +47,15 @@ def joint_predictive(
             rows.append(_rows(captured, scale, len(f)).flatten(0, 1))
         rows = torch.cat(rows)
         rows = rows[(rows != 0).any(1)]  # those of missing options are zero
-        kernel = (rows @ rows.mT).double()
+        kernel = float64(rows @ rows.mT)
         kernel.diagonal().add_(1)
         root = torch.linalg.cholesky(kernel)
         for batch in track(loader, "dense posterior: predictions", progress):
             f, captured = la.captured(batch)
             J = _rows(captured, scale, len(f))
-            inside = (J.flatten(0, 1) @ rows.mT).double()
+            inside = float64(J.flatten(0, 1) @ rows.mT)
             inside = torch.linalg.solve_triangular(root, inside.mT, upper=False).mT.view(*f.shape, -1)
-            yield f, ((J @ J.mT).double() - inside @ inside.mT).to(f.dtype)
+            yield f, (float64(J @ J.mT) - inside @ inside.mT).to(f.dtype).to(f.device)
 
 
 def prior_predictive(
@@ -68,9 +69,9 @@ def prior_predictive(
     with capturing(la.model):
         for batch in track(loader, "prior: predictions", progress):
             f, captured = la.captured(batch)
-            cov = f.new_zeros(*f.shape, f.shape[1], dtype=torch.float64)
+            cov = float64(f.new_zeros(*f.shape, f.shape[1]))
             for (slots, g), by_expert in zip(captured, precision, strict=True):
                 for e, items, J in item_jacobians(slots.a, g, routes_of(slots, len(f))):
                     J = J.flatten(2)
-                    cov[items.to(cov.device)] += ((J @ J.mT).double() / by_expert[e].item()).to(cov.device)
-            yield f, cov.to(f.dtype)
+                    cov[items.to(cov.device)] += (float64(J @ J.mT) / by_expert[e].item()).to(cov.device)
+            yield f, cov.to(f.dtype).to(f.device)

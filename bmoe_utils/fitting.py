@@ -241,7 +241,7 @@ class Fit:
         if self.stage == 0:
             self.labelled &= labelled
             if self.labelled:
-                picked = logits.detach().double().log_softmax(-1).gather(1, batch["labels"].to(logits.device)[:, None])
+                picked = logits.detach().cpu().double().log_softmax(-1).gather(1, batch["labels"].cpu()[:, None])
                 self.log_likelihood += float(picked.sum())
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------

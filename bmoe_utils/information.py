@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+from .precision import float64
+
 # Always drawn, whatever a batch needs: an item's noise must not depend on how many options its neighbours have. 26 is the most
 # that any question has.
 OPTIONS = 26
@@ -58,9 +60,9 @@ def sampled_answers(mean: Tensor, cov: Tensor, points: Tensor) -> Tensor:
     ``mean [B, C]`` (-inf: no such option), ``cov [B, C, C]``, ``points [M, C]``. The symmetric root, so that every option keeps its
     own column of the points, however many more there are.
     """
-    values, vectors = torch.linalg.eigh(cov.double())
+    values, vectors = torch.linalg.eigh(float64(cov))
     root = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.mT  # cov is PSD up to rounding
-    return (mean.double() + torch.einsum("bij,mj->mbi", root, points.to(root))).softmax(-1)
+    return (float64(mean) + torch.einsum("bij,mj->mbi", root, points.to(root))).softmax(-1)
 
 
 def entropy(p: Tensor) -> Tensor:

@@ -26,5 +26,5 @@ def item_marks(batch: Mapping[str, Tensor], seed: int = 0) -> list[int]:
 def drawn_labels(logits: Tensor, batch: Mapping[str, Tensor], seed: int) -> Tensor:
     """``[B]`` on the CPU: ``y ~ softmax(logits [B, C])``, by inverting its distribution function at each item's own number in [0, 1)."""
     uniform = torch.tensor([(mark >> 10) * 2.0**-53 for mark in item_marks(batch, seed)], dtype=torch.float64)
-    upto = logits.detach().double().cpu().softmax(-1).cumsum(-1)
+    upto = logits.detach().cpu().double().softmax(-1).cumsum(-1)
     return (upto / upto[:, -1:] <= uniform[:, None]).sum(1)

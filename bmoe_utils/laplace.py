@@ -21,6 +21,7 @@ from .capture import capturing, down_weight, expert_layers, select_layers
 from .columns import captured_columns, read_out, routes_of
 from .fitting import Fit
 from .parallel import Ranks
+from .precision import float64
 from .progress import track
 
 if TYPE_CHECKING:  # some builds of torch have none
@@ -149,8 +150,8 @@ class ExpertLaplace:
             if isinstance(W0, Tensor) and W0.shape != W.shape:
                 raise ValueError(f"prior_mean of {name!r} has shape {tuple(W0.shape)}, the layer {tuple(W.shape)}")
             for e in range(len(W)):  # expert by expert: a float64 copy of a whole layer could be gigabytes
-                w0 = W0[e].detach().to(W.device).double() if isinstance(W0, Tensor) else W0
-                row[e] = (W[e].double() - w0).square().sum()
+                w0 = float64(W0[e].detach().to(W.device)) if isinstance(W0, Tensor) else W0
+                row[e] = (float64(W[e]) - w0).square().sum()
         return out
 
     # ---- fitting ----------------------------------------------------------------------------------------------------

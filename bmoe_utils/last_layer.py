@@ -23,6 +23,7 @@ from .baselines import GaussianLogits
 from .capture import frozen, unwrap
 from .curvature import softmax_hessian_root
 from .models import option_logits, to_device
+from .precision import float64
 from .progress import track
 
 STRUCTURES = ("kron", "diag", "full")
@@ -65,7 +66,7 @@ class LastLayerLaplace(GaussianLogits):
         slope = slope[:, -1]
         if slope.shape[1] != ids.shape[1]:  # a wrapped head gives the whole vocabulary
             slope = slope.gather(1, ids.clamp(min=0))
-        return f.detach().double(), seen["phi"].double(), slope.double().masked_fill(ids < 0, 0)
+        return float64(f.detach()), float64(seen["phi"]), float64(slope.masked_fill(ids < 0, 0))
 
     # ---- fitting ----------------------------------------------------------------------------------------------------
     def fit(self, loader: Iterable[Mapping[str, Tensor]], *, progress: bool = True) -> LastLayerLaplace:
@@ -86,7 +87,7 @@ class LastLayerLaplace(GaussianLogits):
         rows = torch.cat([self._spread(root, ids)[..., :V].flatten(0, 1) for _, root, ids, _ in parts])  # r: [sum of B (C-1), V]
         beside = torch.cat([p[0].repeat_interleave(p[1].shape[1], 0) for p in parts])  # and the phi that goes with each
         head = unwrap(self.model).get_output_embeddings().weight.detach()[self.tokens]
-        self.distance = float(head.double().square().sum())
+        self.distance = float(float64(head).square().sum())
         if self.structure == "kron":
             (alpha, self.basis_a), (gamma, self.basis_g) = torch.linalg.eigh(phi.mT @ phi), torch.linalg.eigh(rows.mT @ rows)
             self.curvature = gamma.clamp(min=0)[:, None] * alpha.clamp(min=0) / len(phi)  # [V, d]

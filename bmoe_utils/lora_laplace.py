@@ -21,6 +21,7 @@ from .capture import frozen
 from .curvature import Eigenbasis, softmax_hessian_root
 from .jacobians import Routes
 from .models import option_logits, to_device
+from .precision import float64
 from .progress import track
 from .sketch import Sketch
 from .sums import Gram, KronSums
@@ -108,7 +109,8 @@ class LoraLaplace(GaussianLogits):
                 for column in g:
                     one.column(column, column.square().sum(1))
                 one.close()
-            likelihood += float(f.double().log_softmax(-1).gather(1, batch["labels"].to(f.device)[:, None]).sum())
+            picked = f.cpu().double().log_softmax(-1).gather(1, batch["labels"].cpu()[:, None])
+            likelihood += float(picked.sum())
         if number < 0:
             raise ValueError("the loader gave no batch: there is nothing to fit on")
         self.posteriors, self.log_likelihood = [_eigenbasis(one) for one in sums], likelihood
@@ -121,7 +123,7 @@ class LoraLaplace(GaussianLogits):
 
     def _evidence_terms(self) -> tuple[list[Tensor], Tensor]:
         """The curvature's eigenvalues, ``[1, R]`` a matrix, and every ``||W||^2``, ``[matrices, 1]``."""
-        distance = [m.weight.detach().double().square().sum().cpu() for m in self.matrices.values()]
+        distance = [float64(m.weight.detach()).square().sum().cpu() for m in self.matrices.values()]
         return [p.spectra() for p in self._fitted()], torch.stack(distance)[:, None]
 
     def log_marginal_likelihood(self, prior_precision: float | Tensor | None = None) -> Tensor:

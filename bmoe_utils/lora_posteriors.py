@@ -18,6 +18,7 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 from .baselines import forward_hooks, training_only, weights_set
 from .lora_laplace import lora_linears
 from .models import option_logits
+from .precision import at_least_float32, float64
 from .progress import track
 from .train import adapted_weights, answer_nll
 
@@ -34,7 +35,7 @@ def _named_A(model: nn.Module) -> dict[str, nn.Linear]:
 def kl_to_prior(mean: Tensor, std: Tensor, prior_std: float) -> Tensor:
     """``KL(N(mean, std^2) || N(0, prior_std^2))`` in nats, summed over elements."""
     ratio = (std / prior_std).square()
-    return 0.5 * (ratio + (mean / prior_std).square() - 1 - ratio.log()).sum()
+    return 0.5 * (ratio + (at_least_float32(mean) / prior_std).square() - 1 - ratio.log()).sum()
 
 
 def kl_shares(batches: int) -> Tensor:
@@ -74,7 +75,7 @@ def fit_blob(model: nn.Module, loader: Iterable[Mapping[str, Tensor]], *, epochs
     matrices, weights = _named_A(model), adapted_weights(model)
     with weights_set(model, {k: v.detach() for k, v in weights.items()}), training_only(model, weights.values()), torch.random.fork_rng():
         set_seed(seed)
-        G = {k: nn.Parameter(init * torch.empty_like(A.weight).uniform_(0.5**0.5, 1)) for k, A in matrices.items()}
+        G = {k: nn.Parameter(init * at_least_float32(torch.empty_like(A.weight)).uniform_(0.5**0.5, 1)) for k, A in matrices.items()}
         trained = [*weights.values(), *G.values()]
         optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
         steps = epochs * len(loader)
@@ -112,17 +113,17 @@ def tfb_directions(model: nn.Module, num_samples: int, seed: int = 0) -> list[di
     generator = torch.Generator().manual_seed(seed)
     names, inverses = list(_named_A(model)), []
     for A, B in lora_linears(model).values():
-        _, d, Vh = torch.linalg.svd(B.weight.detach().double(), full_matrices=False)
+        _, d, Vh = torch.linalg.svd(float64(B.weight.detach()), full_matrices=False)
         real = d > max(B.weight.shape) * torch.finfo(B.weight.dtype).eps * d.max().clamp(min=TINY)
-        inverses.append((Vh.mT * torch.where(real, 1 / d, 0.0), A.weight))
-    draw = lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)  # noqa: E731
-    return [{name: (V @ draw(like)[: V.shape[1]]).to(like.dtype) for name, (V, like) in zip(names, inverses, strict=True)}
+        inverses.append((Vh.mT * torch.where(real, 1 / d, 0.0), at_least_float32(A.weight.detach())))
+    draw = lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    return [{name: (V @ draw(like)[: V.shape[1]].to(V.device)).to(like.dtype).to(like.device) for name, (V, like) in zip(names, inverses, strict=True)}
             for _ in range(num_samples)]
 
 
 def tfb_states(model: nn.Module, sigma: float, directions: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
     """The samples at ``sigma``: every A with ``sigma`` times what :func:`tfb_directions` drew."""
-    A = {k: m.weight.detach() for k, m in _named_A(model).items()}
+    A = {k: at_least_float32(m.weight.detach()) for k, m in _named_A(model).items()}
     return [{k: A[k] + sigma * v for k, v in one.items()} for one in directions]
 
 

@@ -28,6 +28,7 @@ from transformers import (
 
 from . import checkpoints
 from .capture import expert_layers, unwrap
+from .precision import at_least_float32, moved
 
 # Checkpoints whose experts are packed, by their quant_method, and what has transformers unpack them.
 UNPACKING = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
@@ -179,7 +180,7 @@ def build_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 def to_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The batch on the device of the model's first parameter that is on one (where a sharded model takes its input)."""
     device = next(p.device for p in model.parameters() if not p.is_meta)
-    return {k: v.to(device) for k, v in batch.items()}
+    return {k: moved(v, device) for k, v in batch.items()}
 
 
 @contextmanager
@@ -208,6 +209,7 @@ def option_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
     ``batch``: ``input_ids [B, T]``, ``attention_mask [B, T]`` (left-padded), ``option_ids [B, C]`` (-1: no such option,
     whose logit is -inf). In the graph if gradients are on. Letters are the case where every item has the same ids.
+    The model's own numbers, but at least float32: all that follows (softmax, likelihoods, averages) is then too.
     ``ValueError`` on a right-padded batch or an item without options.
     """
     batch = to_device(batch, model)
@@ -232,4 +234,4 @@ def option_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
             logits = model(**inputs).logits[:, -1]
     else:  # a head that something else has wrapped (LoRA on it, offloading): all of the last position's logits
         logits = model(**inputs, logits_to_keep=1).logits[:, -1].gather(1, ids)
-    return logits.masked_fill(missing.to(logits.device), -torch.inf)
+    return at_least_float32(logits).masked_fill(missing.to(logits.device), -torch.inf)

@@ -41,13 +41,13 @@ def evidence_penalty(spectra: Sequence[Tensor], distance: Tensor) -> Callable[[T
     L, E = distance.shape
     width = max(h.shape[1] for h in spectra)
     if L * E * width <= AT_ONCE:
-        spectra = [torch.stack([pad(h.double().cpu(), (0, width - h.shape[1], 0, E - len(h))) for h in spectra])]
+        spectra = [torch.stack([pad(h.cpu().double(), (0, width - h.shape[1], 0, E - len(h))) for h in spectra])]
 
     def penalty(precision: Tensor) -> Tensor:
         if spectra[0].dim() == 3:
             ratios = log_det_ratio(spectra[0], precision)
         else:
-            ratios = torch.stack([pad(log_det_ratio(h, lam[: len(h)].to(h.device)).cpu(), (0, E - len(h)))
+            ratios = torch.stack([pad(log_det_ratio(h, lam[: len(h)]).cpu(), (0, E - len(h)))
                                   for h, lam in zip(spectra, precision, strict=True)])
         return 0.5 * (precision * distance + ratios)
 

@@ -84,7 +84,7 @@ class Rule:
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(16, width, generator=generator, dtype=torch.float64)
         with torch.no_grad():
-            probe = probe * (2 / (probe @ weight.double().cpu().mT).std().clamp(min=1e-6))  # logits of std 2
+            probe = probe * (2 / (probe @ weight.cpu().double().mT).std().clamp(min=1e-6))  # logits of std 2
             probe = probe.to(weight.device, weight.dtype)
             self.order = self._roles(name, forward(self._shaped(probe), **self._extra()))
             outputs, _, logits = self.run(forward, self._shaped(probe), **self._extra())
@@ -93,12 +93,14 @@ class Rule:
             weights, indices = (outputs[i] for i in self.order[1:])
             again = self(logits)
             # In half precision a few logits tie, and where the copy breaks a tie otherwise the weights are the same.
-            if not ((again[2] == indices).double().mean() > 0.9 and torch.allclose(again[1], weights, rtol=1e-2, atol=1e-6)):
+            same = (again[2] == indices).cpu().double().mean()
+            if not (same > 0.9 and torch.allclose(again[1], weights, rtol=1e-2, atol=1e-6)):
                 raise ValueError(f"router {name!r} ({type(router).__name__}) is more than a rule on its logits; it cannot be replaced")
-            self.total, self.normalised = float(weights.sum(-1).double().mean()), False
-            sums = weights.double().sum(-1)
+            self.total, self.normalised = float(weights.sum(-1).cpu().double().mean()), False
+            weights = weights.cpu().double()
+            sums = weights.sum(-1)
             self.normalised = bool((sums - self.total).abs().max() < 1e-2 * self.total)
-            self.link = self._find_link(logits.double(), weights.double(), indices)
+            self.link = self._find_link(logits.cpu().double(), weights, indices.cpu())
         self._all = self._widened(indices.shape[1])
 
     def _handing_on(self, router: nn.Module) -> nn.Module:

@@ -239,7 +239,7 @@ def validate(routers: Routers, loader: Iterable[Mapping[str, Tensor]], member: i
         with torch.no_grad():
             for batch in loader:
                 p = option_logits(routers.model, batch).softmax(-1) if alone else routers(batch)
-                picked = p.double().gather(1, batch["labels"].to(p.device)[:, None])
+                picked = p.cpu().double().gather(1, batch["labels"].cpu()[:, None])
                 total -= float(picked.clamp(min=1e-300).log().sum())
                 items += len(batch["labels"])
                 for name, value in routers.signals().items():
@@ -352,7 +352,7 @@ def _fit_laplace(routers: Routers, train_loader, val_loader, seed: int, progress
                 sums[layer][1] += g.mT @ g
                 sums[layer][2] += len(u)
     for family, (A, G, n) in zip(routers.families, sums, strict=True):
-        (alpha, basis_a), (gamma, basis_g) = torch.linalg.eigh(A), torch.linalg.eigh(G)
+        (alpha, basis_a), (gamma, basis_g) = curvature.eigh(A), curvature.eigh(G)
         if rank is not None:
             alpha, basis_a = alpha[-rank:], basis_a[:, -rank:]
         family.alpha, family.basis_a = alpha.clamp(min=0), basis_a.contiguous()

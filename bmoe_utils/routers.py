@@ -13,6 +13,7 @@ from . import routing
 from .capture import select_layers, unwrap
 from .files import CheckedFolder
 from .models import option_logits
+from .precision import float64
 from .router_families import FAMILIES
 from .router_rules import Rule, find_routers, linear_map
 from .storage import model_fingerprint
@@ -88,7 +89,8 @@ class Routers:
                 raise ValueError(f"prior_mean: router {name!r} {wrong}; it must be {list(family.weight.shape)}, as in the model")
             family.mean_shift = weights[name].to(family.mean_shift) - family.weight
             if (bias := getattr(given.get(name), "bias", None)) is not None:
-                family.bias_shift = (bias - family.router.bias).detach().to(family.bias_shift)
+                theirs, own = (b.detach().to(family.bias_shift) for b in (bias, family.router.bias))
+                family.bias_shift = theirs - own
         return said
 
     # ---- the model's side -----------------------------------------------------------------------------------------------
@@ -198,7 +200,7 @@ class Routers:
             by_layer = []
             for record in records:
                 full = torch.zeros(real.shape, dtype=torch.float64)
-                full[real] = record[name].double().cpu()
+                full[real] = record[name].cpu().double()
                 by_layer.append(full)
             mean = torch.stack(by_layer).mean(0)
             out[f"{name}_last"], out[f"{name}_mean"] = mean[:, -1], routing.masked_mean(mean, real)
@@ -242,7 +244,7 @@ class Routers:
         probs = torch.stack(probs)  # [S, B, C]
         mean = probs.mean(0)
         if len(probs) > 1:
-            entropy = lambda p: routing.entropy(p.double().log())  # noqa: E731
+            entropy = lambda p: routing.entropy(float64(p).log())  # noqa: E731
             self._signals["answer_information"] = (entropy(mean) - entropy(probs).mean(0)).clamp(min=0).cpu()
         return mean
 

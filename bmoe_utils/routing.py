@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .precision import at_least_float32
+
 # Nodes of the one-dimensional Gauss-Hermite rule of the sample-free path. 9 integrate a sigmoid under N(m, s^2) to 1e-6, 4e-4,
 # 4e-3 at s = 1, 2, 3 (measured, worst m), a tenth of the error of the step before it.
 SAMPLE_FREE_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(9)
@@ -108,19 +110,26 @@ def log_scores(logits: Tensor, link: str) -> Tensor:
 def sampled_shift(logits: Tensor, samples: Tensor, link: str = "softmax") -> Tensor:
     """``shift [N, E]`` with ``score(logits + shift) = mean_s score(samples_s)``: averages scores, not logits.
 
-    ``logits [N, E]``, ``samples [S, N, E]``. Taken as the log of a mean of ratios, which is 0.0 where all ratios are 1.
+    ``logits [N, E]``, ``samples [S, N, E]``. Taken as the log of a mean of ratios, which is 0.0 where all ratios are 1: on any
+    processor, though an elementwise function of tensors of two shapes may differ in the last bit (vectors, and a scalar remainder).
+    A softmax is computed row by row, alike in every shape. The ratios of sigmoids come from the differences of the logits.
     """
     floor = torch.finfo(logits.dtype).tiny ** 0.8  # so small a score never matters, and no ratio overflows
 
-    def log_mean_ratio(x: Tensor, start: Tensor) -> Tensor:
-        score = (lambda y: y.softmax(-1)) if link == "softmax" else torch.sigmoid
-        start = score(start).clamp(min=floor)
+    def log_mean(ratio: Tensor, start: Tensor) -> Tensor:
         # The mean has the floor and not every score: one pass over [S, N, E] less. Below it, and unmoved, the ratio is 1 again.
-        return torch.maximum((score(x) / start).mean(0), floor / start).log()
+        return torch.maximum(ratio.mean(0), floor / start).log()
 
     if link == "softmax":
-        return log_mean_ratio(samples, logits)
-    return log_mean_ratio(samples, logits) - log_mean_ratio(-samples, -logits)  # log odds: mean sigmoid(l) against mean sigmoid(-l)
+        start = logits.softmax(-1).clamp(min=floor)
+        return log_mean(samples.softmax(-1) / start, start)
+    # sigmoid(l + d) / sigmoid(l) = 1 / (p + q e^-d), p = sigmoid(l), q = 1 - p. The smaller of the two is computed and the other is
+    # what is left of 1, so that they add up to exactly 1; e^0 is exactly 1.
+    less = torch.sigmoid(-logits.abs()).clamp(min=floor)
+    p, q = torch.where(logits > 0, 1 - less, less), torch.where(logits > 0, less, 1 - less)
+    d = samples - logits
+    # log odds: mean sigmoid(l) against mean sigmoid(-l)
+    return log_mean(1 / (p + q * (-d).exp()), p) - log_mean(1 / (q + p * d.exp()), q)
 
 
 def _log_ratio_of_sigmoids(start: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
@@ -239,7 +248,8 @@ class SwagMoments:
 
     @classmethod
     def like(cls, weight: Tensor, rank: int = 20) -> SwagMoments:
-        return cls(torch.zeros_like(weight), torch.zeros_like(weight), rank=rank)
+        zeros = at_least_float32(torch.zeros_like(weight))  # the steps of a running mean are below bf16's rounding
+        return cls(zeros, zeros.clone(), rank=rank)
 
     def update(self, weight: Tensor) -> None:
         """One more point of the trajectory."""

@@ -15,13 +15,15 @@ good as an incremental SVD's (tests/test_sketch.py), at the price of two thin pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .curvature import eigh
 from .jacobians import Routes
+from .precision import float64
 
 # Columns of U beyond the rank: this share of it (at least LEAST_SPARE) is kept at a restart, and as many are random after it.
 SPARE, LEAST_SPARE = 1 / 8, 4
@@ -56,7 +58,7 @@ def gaussian(width: int, columns: int, seed: int) -> Tensor:
 def orthonormal(W: Tensor) -> Tensor:
     """An orthonormal basis of the columns of ``W [E, m, k]``, the first ones' span first; Cholesky QR, twice for its rounding."""
     for _ in range(2):
-        root = torch.linalg.cholesky((W.mT @ W).double())
+        root = torch.linalg.cholesky(float64(W.mT @ W))
         W = torch.linalg.solve_triangular(root.mT.to(W), W, upper=True, left=False)
     return W
 
@@ -67,7 +69,7 @@ def nystrom(Y: Tensor, U: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     ``Y``, ``U [E, m, k]``; ``Y`` was summed with relative rounding ``eps``, so what lies below ``10 eps`` of the core's largest
     eigenvalue is noise and dropped. Only ``k x k`` problems are solved, in float64; thin products are in ``Y``'s precision.
     """
-    core = (U.mT @ Y).double()
+    core = float64(U.mT @ Y)
     values, vectors = torch.linalg.eigh((core + core.mT) / 2)
     keep = values > max(10 * eps, LEAST_RATIO) * values[:, -1:].clamp(min=0)
     return eigenpairs(Y @ (vectors * torch.where(keep, values, torch.inf).rsqrt()[:, None]).to(Y))  # M^ = B B^T
@@ -75,7 +77,7 @@ def nystrom(Y: Tensor, U: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def eigenpairs(B: Tensor) -> tuple[Tensor, Tensor]:
     """Of ``B B^T``, ``B [E, m, k]``: eigenvalues ``[E, k]`` ascending (float64), eigenvectors ``[E, m, k]`` (zero where those are)."""
-    values, vectors = torch.linalg.eigh((B.mT @ B).double())
+    values, vectors = torch.linalg.eigh(float64(B.mT @ B))
     keep = values > max(torch.finfo(B.dtype).eps, LEAST_RATIO) * values[:, -1:].clamp(min=0)
     return values * keep, B @ (vectors * torch.where(keep, values, torch.inf).rsqrt()[:, None]).to(B)
 
@@ -110,7 +112,7 @@ class Sketch:
         self.rank, self.seed = rank, seed
         self.U = torch.linalg.qr(gaussian(width, columns, seed)).Q.to(like).repeat(experts, 1, 1)
         self.Y, self.base = torch.zeros_like(self.U), like.new_zeros(experts, columns)
-        self.energy = torch.zeros(experts, dtype=torch.float64, device=like.device)
+        self.energy = float64(like.new_zeros(experts))
         self.progress = torch.tensor([0.0, FIRST_RESTART * columns, 0.0], dtype=torch.float64)
 
     def add(self, x: Tensor, routes: Routes, energy: Tensor | None = None) -> None:
@@ -118,8 +120,8 @@ class Sketch:
         for e, lo, hi in routes.bounds:
             self.Y[e].addmm_(x[lo:hi].mT, x[lo:hi] @ self.U[e])
         energy = torch.linalg.vecdot(x, x) if energy is None else energy
-        upto = pad(energy.double().cumsum(0), (1, 0))[pad(routes.counts.cumsum(0), (1, 0))]
-        self.energy += upto.diff()
+        ends = pad(routes.counts.cumsum(0), (1, 0)).to(self.energy.device)
+        self.energy += pad(float64(energy).cumsum(0), (1, 0))[ends].diff()
         self.progress[0] += len(x) / len(self.U)
 
     def close(self) -> None:
@@ -128,7 +130,7 @@ class Sketch:
         m, k = self.U.shape[1:]
         if seen < due or k == m:  # with all columns nothing is missed
             return
-        self._restart(*(x.flip(-1) for x in self._eigenpairs(self.U.dtype)))
+        self._restart(*(x.flip(-1) for x in self._eigenpairs()))
         self.progress.copy_(torch.tensor([seen, next_restart(seen, k), restarts + 1]))
 
     def _restart(self, values: Tensor, vectors: Tensor) -> None:
@@ -137,22 +139,22 @@ class Sketch:
         values, vectors = values[:, :k].clone(), vectors[:, :, :k]
         values[:, self.kept :] = 0
         fresh = gaussian(self.U.shape[1], k, self.seed + 1 + int(self.progress[2])) / self.U.shape[1] ** 0.5
-        self.U.copy_(orthonormal(torch.where(values[:, None] > 0, vectors, fresh.to(vectors))))
+        self.U.copy_(orthonormal(torch.where((values[:, None] > 0).to(vectors.device), vectors, fresh.to(vectors))))
         self.base.copy_(values)
         self.Y.zero_()
 
-    def _eigenpairs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Of ``M^``, its thin products in ``dtype``."""
-        U, Y = self.U.to(dtype), (self.Y + self.U * self.base[:, None]).to(dtype)
+    def _eigenpairs(self, cast: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, Tensor]:
+        """Of ``M^``, its thin products in the precision that ``cast`` gives, the sums' own or :func:`float64`."""
+        U, Y = cast(self.U), cast(self.Y + self.U * self.base[:, None])
         if U.shape[1] == U.shape[2]:  # U is a basis of the whole space: the factor itself
-            values, vectors = torch.linalg.eigh(Y @ U.mT)
-            return values.clamp(min=0).double(), vectors
+            values, vectors = eigh(Y @ U.mT)
+            return float64(values.clamp(min=0)), vectors
         return nystrom(Y, U, torch.finfo(self.Y.dtype).eps)
 
     def eigen(self) -> tuple[Tensor, Tensor, Tensor]:
         """Eigenvalues ``[E, r]`` ascending, eigenvectors ``[E, m, r]`` (zero where the value is) and the share of each trace they
         hold ``[E]``."""
-        values, vectors = leading(*self._eigenpairs(torch.float64), self.rank, self.energy)
+        values, vectors = leading(*self._eigenpairs(float64), self.rank, self.energy)
         captured = values.sum(1) / self.energy  # without samples 0/0: not a number
         return values.to(self.U), polished(vectors).to(self.U).contiguous(), captured
 
@@ -162,7 +164,7 @@ class Sketch:
         if torch.equal(self.U, other.U):
             self.Y += other.Y
         else:
-            both = [vectors * values.sqrt().to(vectors)[:, None] for values, vectors in (x._eigenpairs(self.U.dtype) for x in (self, other))]
+            both = [vectors * values.sqrt().to(vectors)[:, None] for values, vectors in (x._eigenpairs() for x in (self, other))]
             self._restart(*(x.flip(-1) for x in eigenpairs(torch.cat(both, 2))))
         self.energy += other.energy
         self.progress[0] += other.progress[0]

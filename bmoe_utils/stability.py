@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .capture import unwrap
 from .models import option_logits, to_device
+from .precision import at_least_float32
 from .router_rules import find_routers, linear_map
 from .routers import Routers
 from .routing import jaccard
@@ -34,9 +35,10 @@ def _with_noise(x: Tensor, real: Tensor, gamma: float, generator: torch.Generato
     """``x [B, T, d]`` or ``[B T, d]`` with noise of std ``gamma * mean norm`` on the real tokens, ``real [B, T]``."""
     rows = real.flatten().to(x.device)
     flat = x.reshape(len(rows), -1)
-    kept = flat[rows]
-    noise = torch.randn(kept.shape, generator=generator, dtype=torch.float32).to(x)
-    return flat.index_put((rows.nonzero().squeeze(1),), kept + gamma * kept.norm(dim=-1).mean() * noise).view_as(x)
+    kept = at_least_float32(flat[rows])
+    noise = torch.randn(kept.shape, generator=generator, dtype=torch.float32).to(kept)
+    noisy = kept + gamma * kept.norm(dim=-1).mean() * noise
+    return flat.index_put((rows.nonzero().squeeze(1),), noisy.to(x.dtype)).view_as(x)
 
 
 @contextmanager
@@ -136,9 +138,9 @@ def routing_margins(model: nn.Module, loader: Iterable[Mapping[str, Tensor]]) ->
             k = next(o for o in outputs if not o.is_floating_point()).shape[-1]
             # with K = E both floating outputs are as wide: then nothing is left out, and there is no margin
             logits = next(o for o in outputs if o.is_floating_point() and o.shape[-1] == len(linear_map(module).weight)).flatten(0, -2)
-            top = logits[real.to(logits.device)].double().topk(k + 1, dim=-1).values
-            spread = logits[real.to(logits.device)].double().std(-1)
-            margins.setdefault(name, []).append(((top[:, -2] - top[:, -1]) / spread).cpu())
+            logits = logits[real.to(logits.device)].cpu().double()
+            top = logits.topk(k + 1, dim=-1).values
+            margins.setdefault(name, []).append((top[:, -2] - top[:, -1]) / logits.std(-1))
         return hook
 
     for batch in loader:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .curvature import DenseBlocks, Eigenbasis, dense_block
+from .curvature import DenseBlocks, Eigenbasis, dense_block, eigh
 from .jacobians import Routes, item_jacobians, project
 from .sketch import Sketch
 
@@ -49,7 +49,7 @@ class Gram:
 
     def eigen(self) -> tuple[Tensor, Tensor, None]:
         """Eigenvalues ``[E, m]`` ascending and eigenvectors ``[E, m, m]``; nothing is left out."""
-        values, vectors = torch.linalg.eigh(self.matrix())
+        values, vectors = eigh(self.matrix())
         return values.clamp(min=0), vectors.contiguous(), None  # a sum of squares: below zero is rounding
 
     def merge(self, other: Gram) -> None:

@@ -11,6 +11,7 @@ from .capture import bare, down_weight
 from .curvature import Eigenbasis
 from .laplace import ExpertLaplace
 from .models import option_logits
+from .precision import at_least_float32
 from .progress import track
 
 
@@ -43,8 +44,9 @@ def sampled_logits(la: ExpertLaplace, loader: Iterable[Mapping[str, Tensor]], nu
             for _ in track(range(num_samples), "weight samples", progress):
                 for weight, mean, posterior, lam in zip(weights, means, la.posteriors, precision, strict=True):
                     noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-                    weight.copy_(mean + deviations(posterior, lam[: len(weight)], noise).to(mean))
-                parts = [option_logits(la.model, batch).double().cpu() for batch in loader]
+                    mean = at_least_float32(mean)  # so that a bf16 weight is rounded once, as it is written
+                    weight.copy_(mean + deviations(posterior.to("cpu"), lam[: len(weight)], noise).to(mean))
+                parts = [option_logits(la.model, batch).cpu().double() for batch in loader]
                 width = max(p.shape[1] for p in parts)
                 out.append(torch.cat([nn.functional.pad(p, (0, width - p.shape[1]), value=-torch.inf) for p in parts]))
     finally:

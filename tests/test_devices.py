@@ -1,74 +1,15 @@
-"""A model whose layers are on two devices, on a machine that has one: the second is pretended.
-
-Its tensors are on the CPU and carry a mark; every operation under :class:`TwoDevices` gives a marked result from marked tensors, and
-fails as a real one would where both kinds meet.
-"""
+"""A model whose layers are on two devices, on a machine that has one: the second is pretended."""
 
 import pytest
 import torch
+from devices import FAR, Far, TwoDevices
 from tiny import tiny_batch, tiny_model
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 import bmoe_utils as bm
 from bmoe_utils.capture import expert_layers
 from bmoe_utils.fitting import factor_bytes
-
-FAR = torch.device("cuda", 7)
-
-
-class Far(Tensor):
-    """A tensor on the pretended device."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-
-def marked(out, far):
-    return tree_map_only(Tensor, lambda t: t.as_subclass(Far) if far and type(t) is not Far else t, out)
-
-
-class TwoDevices(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.moves = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
-        if func == Tensor.device.__get__:
-            return FAR if type(args[0]) is Far else func(*args)
-        if name in ("to", "cpu"):
-            return self.move(args[0], ("cpu",) if name == "cpu" else args[1:], kwargs)
-        if func is torch.autograd.grad:  # through both
-            return tuple(marked(g, type(x) is Far) for g, x in zip(func(*args, **kwargs), args[1], strict=True))
-        asked = kwargs.get("device")
-        if asked is not None and torch.device(asked) == FAR:
-            return marked(func(*args, **kwargs | {"device": "cpu"}), True)
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        far = [type(t) is Far for t in tensors]
-        if name == "copy_" or name == "__setitem__" and len(tensors) == 2:  # the latter without tensors among its indices is a copy
-            return func(*args, **kwargs)
-        if name in ("__getitem__", "__setitem__", "index_put", "index_put_") and far[0]:  # indices may be on the host
-            tensors, far = [t for t in tensors if t.dtype not in (torch.long, torch.bool)], [True]
-        if any(far) and any(t.dim() for t in tensors if type(t) is not Far):
-            raise RuntimeError(f"{name}: tensors on two devices")
-        return marked(func(*args, **kwargs), any(far))
-
-    def move(self, x, args, kwargs):
-        far, rest = type(x) is Far, []
-        for a in (*args, *([kwargs.pop("device")] if kwargs.get("device") is not None else [])):
-            if isinstance(a, Tensor):
-                far = type(a) is Far
-                rest.append(a.dtype)
-            elif isinstance(a, (str, torch.device)):
-                far = torch.device(a) == FAR
-            else:
-                rest.append(a)
-        out = x.to(*rest, **kwargs) if rest or kwargs else x
-        if far == (type(x) is Far):
-            return marked(out, far)
-        self.moves += 1
-        return out.clone().as_subclass(Far if far else Tensor)
 
 
 def split(model):
