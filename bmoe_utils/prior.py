@@ -1,4 +1,4 @@
-"""Choosing prior precisions: by the evidence (gradient on log lambda) or by validation NLL (a grid). Pure maths."""
+"""Choosing prior precisions by the evidence, a gradient on log lambda, and the grids that are looked at. Pure maths."""
 
 from __future__ import annotations
 
@@ -107,22 +107,3 @@ def maximise_evidence(penalty: Callable[[Tensor], Tensor], group: Tensor, curren
     best = log_precision.detach().clamp(start - step, start + step).exp().clamp(GRID[0], GRID[-1])
     kept = torch.zeros(n, dtype=torch.float64).scatter(0, group.flatten(), current.flatten())
     return torch.where(table.amax(0) == table.amin(0), kept, best)
-
-
-def minimise_nll(nll: Callable[[Tensor], float], n: int, sweeps: int = 5) -> Tensor:
-    """Indices into ``COARSE``, one per group ``[n]``, of least ``nll(indices)``: the best common one, then coordinate
-    descent (``sweeps`` at most; it stops as soon as one changes nothing)."""
-    common = [nll(torch.full((n,), i)) for i in range(len(COARSE))]
-    least = min(common)
-    choice = torch.full((n,), common.index(least))
-    for _ in range(sweeps if n > 1 else 0):
-        before = least
-        for which in range(n):
-            for i in range(len(COARSE)):
-                trial = choice.clone()
-                trial[which] = i
-                if (value := nll(trial)) < least:
-                    least, choice = value, trial
-        if least == before:
-            break
-    return choice
