@@ -184,7 +184,8 @@ class ExpertLaplace:
         repeat items: ``make_loader(items[rank::size], ...)``, or ``accelerate``'s ``prepare`` with ``even_batches=False``; torch's
         ``DistributedSampler`` pads with repeats, which would count twice (a warning says so).
 
-        Until it has finished, the previous posterior (if any) stays in place, on every rank. ``ValueError`` for an empty loader,
+        Warns of experts whose inputs or gradients are so small that float32 loses their squares. Until it has finished, the previous
+        posterior (if any) stays in place, on every rank. ``ValueError`` for an empty loader,
         unlabelled items with ``fisher="empirical"``, a non-finite activation, logit or gradient (naming batch and layer), a
         ``checkpoint`` that is damaged or another fit's, which is left alone, or ranks given the same data; ``OSError`` where a
         checkpoint cannot be written, the one before it being intact; ``RuntimeError`` where another rank failed (saying how) or is gone.
