@@ -27,6 +27,7 @@ from . import offload
 from .unfused import is_unfused, second_layer, watching
 
 IMPLEMENTATION = "bmoe_capture"
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -87,17 +88,39 @@ _tape: Tape | None = None
 
 def _grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """``x [S, m]`` sorted by expert times ``weight [E, m, k]``: row s meets the weight of its expert. ``[S, k]``."""
-    if x.dtype in (torch.float32, torch.bfloat16) and _grouped_mm_serves(x, weight):
+    if grouped_mm_serves(weight):
         return nn.functional.grouped_mm(x, weight, offs=counts.cumsum(0, dtype=torch.int32))
     parts = [rows @ w for rows, w in zip(x.split(counts.tolist()), weight, strict=True) if len(rows)]
     return torch.cat(parts)
 
 
-def _grouped_mm_serves(x: Tensor, weight: Tensor) -> bool:
-    """The kernel wants rows of a multiple of 16 bytes, and on CUDA an Ampere card or newer."""
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+def grouped_mm_serves(weight: Tensor) -> bool:
+    """Whether ``grouped_mm`` takes this weight ``[E, m, k]``, in either layout, and inputs of its type: no float64, rows of a multiple
+    of 16 bytes, and on CUDA an Ampere card or newer."""
+    if weight.dtype not in FLOATS[1:]:
         return False
-    return all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 0):
+        return False
+    return all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+
+
+def serve_experts(model: nn.Module) -> nn.Module:
+    """The model. Where it would run its experts by transformers' ``grouped_mm`` (the default) and that does not take one of their
+    weights, they run by the forward that captures from now on, which asks :func:`grouped_mm_serves` before every product."""
+    inner = unwrap(model)
+    chosen = getattr(inner, "get_experts_implementation", dict)()
+    if "grouped_mm" in chosen.values() and not all(map(grouped_mm_serves, _fused_weights(inner))):
+        inner.set_experts_implementation({k: IMPLEMENTATION if v == "grouped_mm" else v for k, v in chosen.items()})
+    return model
+
+
+def _fused_weights(model: nn.Module) -> Iterator[Tensor]:
+    """All experts' in floating point. Not by :func:`expert_layers`: every prediction asks, and this takes a fifth of its time."""
+    for module in model.modules():
+        for name in ("gate_up_proj", "up_proj", "down_proj"):
+            weight = module._parameters.get(name)
+            if weight is not None and weight.dim() == 3 and weight.dtype in FLOATS:
+                yield weight
 
 
 def _capturing_experts(

@@ -185,10 +185,16 @@ def log_det_ratio(eigenvalues: Tensor, precision: Tensor) -> Tensor:
 
 def sample_answers(mean: Tensor, cov: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
     """``softmax f``, ``f ~ N(mean, cov)``, float64 ``[S, B, C]``. ``mean [B, C]`` (-inf: no such option), ``cov [B, C, C]``."""
+    mean = float64(mean)
+    noise = torch.randn(num_samples, *mean.shape, dtype=torch.float64, generator=generator).to(mean.device)
+    return answers(mean, cov, noise)
+
+
+def answers(mean: Tensor, cov: Tensor, noise: Tensor) -> Tensor:
+    """:func:`sample_answers` from standard normal ``noise [S, B, C]``, float64."""
     mean, cov = float64(mean), float64(cov)
     values, vectors = torch.linalg.eigh(cov)
     root = vectors * values.clamp(min=0).sqrt()[:, None, :]  # cov is PSD up to rounding; it may well be singular
-    noise = torch.randn(num_samples, *mean.shape, dtype=torch.float64, generator=generator).to(mean.device)
     return (mean + torch.einsum("bij,sbj->sbi", root, noise)).softmax(-1)
 
 

@@ -24,6 +24,10 @@ from .progress import track
 from .storage import fingerprint, model_fingerprint
 from .sums import DenseRows, KronSums, SquareSums, factor_bytes, first_sums
 
+# Below tiny / eps a float32 loses digits and then all of them: the squares that are summed, and the products of two of these. Entries
+# above the fourth root cannot get there.
+LEAST_SQUARE = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
+
 # What a checkpoint keeps of a fit beside its sums, its finished posteriors and its stage.
 CARRIED = ("batches", "items", "seen", "log_likelihood", "labelled", "digest")
 
@@ -52,6 +56,8 @@ class Fit:
         self.tokens = torch.zeros(len(self.layers), max(shape[0] for shape in self.shapes), dtype=torch.long)
         # At other positions than the answer's, until one of them has a gradient: slots met, once a column, and those that had.
         self.elsewhere = torch.zeros(len(self.layers), 2, dtype=torch.long)
+        # The largest |entry| of an expert's inputs, and of its gradients; from LEAST_SQUARE ** 0.25 on, a lower bound of it.
+        self.largest = torch.zeros(2, *self.tokens.shape, dtype=torch.float64)
         self.marks: list[int] = []  # of this rank's items, where there are several
 
     def _groups(self, budget: int | None) -> list[list[int]]:
@@ -115,6 +121,7 @@ class Fit:
                 self._end_stage()
         self.ranks.total(self.tokens)
         self.ranks.total(self.elsewhere)
+        self.ranks.total(self.largest)
         items, self.log_likelihood, unlabelled = self.ranks.total(
             torch.tensor([self.items, self.log_likelihood, not self.labelled], dtype=torch.float64)).tolist()
         self.items, self.labelled = int(items), not unlabelled
@@ -122,6 +129,7 @@ class Fit:
         if self.ranks.size > 1 and checkpoint is not None:
             with suppress(OSError):  # the last rank's
                 Path(checkpoint).rmdir()
+        self._warn_of_underflow()
 
     def _end_stage(self) -> None:
         """The posteriors of the current stage's layers, from the sums of all ranks."""
@@ -177,6 +185,25 @@ class Fit:
             warnings.warn(f"{repeated} of the {total} items of all ranks are repeats of others and counted again. Some samplers repeat "
                           "items to give ranks equally many (DistributedSampler; accelerate unless even_batches=False)", stacklevel=2)
 
+    def _meet(self, which: int, layer: int, x: Tensor, expert: Tensor) -> None:
+        """Takes the rows ``x [S, m]`` of the experts ``expert [S]`` up into :attr:`largest`, inputs (0) or gradients (1)."""
+        small = self.largest[which, layer] < LEAST_SQUARE**0.25
+        if small.any() and (rows := small.to(expert.device)[expert]).any():
+            found = x[rows].abs().amax(1).cpu().double()  # not a square, which may be what vanishes
+            self.largest[which, layer].scatter_reduce_(0, expert[rows].cpu(), found, "amax")
+
+    def _warn_of_underflow(self) -> None:
+        inputs, gradients = self.largest.square()
+        # Where one of them is 0 itself (no token of the expert's reaches the answer), zero curvature is what there is.
+        lost = (inputs * gradients > 0) & (torch.minimum(torch.minimum(inputs, gradients), inputs * gradients) < LEAST_SQUARE)
+        for like, row in zip(self.like, lost, strict=True):
+            row &= like.dtype != torch.float64
+        if lost.any() and self.ranks.rank == 0:
+            layers = [f"{name!r} ({n})" for name, n in zip(self.layers, lost.sum(1).tolist(), strict=True) if n]
+            warnings.warn(f"{int(lost.sum())} experts have inputs or gradients whose squares are below {LEAST_SQUARE:.0e}, where float32 "
+                          f"loses digits and then the numbers: their posterior may be no more than the prior. In {', '.join(layers)}. "
+                          "Fit the model in float64 (model.double()), or rescale these layers", stacklevel=3)
+
     def _pass(self, loader: Iterable[Mapping[str, Tensor]], every: int, progress: bool) -> None:
         done, stored, digest = self.batches, self.digest, ""
         number = -1
@@ -216,6 +243,7 @@ class Fit:
             sums.open(slots.a, energy, routes_of(slots, len(labels)))
             if what == "factors":
                 self.tokens[i, : len(slots.counts)] += slots.counts.cpu()
+                self._meet(0, i, slots.a, slots.expert)
         if fisher == "mc":  # the column of a label is the same, drawn or observed
             fisher, labels = "empirical", drawn_labels(logits, batch, self.options["seed"])
         v = curvature.fisher_columns(logits.detach(), fisher, labels.to(logits.device), None)
@@ -233,6 +261,8 @@ class Fit:
                     here, *there = torch.stack([(reached & slots.last).sum(), others.sum(), (reached & others).sum()]).tolist()
                     if here:  # a column without a gradient says nothing
                         self.elsewhere[i] += torch.tensor(there)
+                if what == "factors":
+                    self._meet(1, i, g, slots.expert)
                 sums.column(g, energy)
                 del g
         for sums in self.sums:
@@ -248,7 +278,7 @@ class Fit:
     def _open(self, folder: str | Path | None) -> bool:
         """Takes up what ``folder`` holds, if anything. ``ValueError`` where that is damaged or another fit's; it is left as it is."""
         key = {} if folder is None else {
-            "format": 3, "options": self.options, "layers": self.layers, "shapes": self.shapes,
+            "format": 4, "options": self.options, "layers": self.layers, "shapes": self.shapes,
             "stages": self.stages, "model": model_fingerprint(self.model)}
         if folder is not None and self.ranks.size > 1:  # each rank has its own below it
             folder, name = Path(folder), f"rank-{{}}-of-{self.ranks.size}"
@@ -270,13 +300,13 @@ class Fit:
         self.begin()
         for k, sums in enumerate(self.sums):
             sums.restore(_under(f"sums.{k}", tensors))
-        self.tokens, self.elsewhere = tensors["tokens"], tensors["elsewhere"]
+        self.tokens, self.elsewhere, self.largest = (tensors[name] for name in ("tokens", "elsewhere", "largest"))
         for name in CARRIED:
             setattr(self, name, values[name])
         return True
 
     def _save(self) -> None:
-        tensors = {"tokens": self.tokens, "elsewhere": self.elsewhere}
+        tensors = {"tokens": self.tokens, "elsewhere": self.elsewhere, "largest": self.largest}
         tensors |= {f"sums.{k}.{name}": v for k, sums in enumerate(self.sums) for name, v in sums.state().items()}
         tensors |= {f"done.{i}.{k}": v for i, p in enumerate(self.posteriors) if p is not None for k, v in p.tensors().items()}
         values = {"stage": self.stage} | {name: getattr(self, name) for name in CARRIED}

@@ -9,7 +9,7 @@ optimize_prior_precision, predictive_logits, and calling it for probabilities.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from .fitting import Fit
 from .parallel import Ranks
 from .precision import float64
 from .progress import track
+from .validation import ValidationNLL
 
 if TYPE_CHECKING:  # some builds of torch have none
     from torch.distributed import ProcessGroup
@@ -184,7 +185,8 @@ class ExpertLaplace:
         repeat items: ``make_loader(items[rank::size], ...)``, or ``accelerate``'s ``prepare`` with ``even_batches=False``; torch's
         ``DistributedSampler`` pads with repeats, which would count twice (a warning says so).
 
-        Until it has finished, the previous posterior (if any) stays in place, on every rank. ``ValueError`` for an empty loader,
+        Warns of experts whose inputs or gradients are so small that float32 loses their squares. Until it has finished, the previous
+        posterior (if any) stays in place, on every rank. ``ValueError`` for an empty loader,
         unlabelled items with ``fisher="empirical"``, a non-finite activation, logit or gradient (naming batch and layer), a
         ``checkpoint`` that is damaged or another fit's, which is left alone, or ranks given the same data; ``OSError`` where a
         checkpoint cannot be written, the one before it being intact; ``RuntimeError`` where another rank failed (saying how) or is gone.
@@ -239,14 +241,16 @@ class ExpertLaplace:
         *,
         val_loader: Iterable | None = None,
         link_approx: str = "mc",
+        memory_budget: int = 2**31,
         progress: bool = True,
     ) -> Tensor:
         """Sets (and returns) the prior precision that is best under ``method``, one per ``granularity``.
 
         ``marglik``: gradient ascent on the evidence in ``log lambda``, started from the best point of a grid; needs no
         data. An expert that the fitting set never reached takes its layer's optimum. ``val_nll``: the grid point of least NLL on
-        ``val_loader``, by coordinate descent from the best global one when there are several; one pass over the data. Warns where
-        the optimum is the grid's end.
+        ``val_loader``, by coordinate descent from the best global one when there are several; one pass over the data, which tabulates
+        each precision's part of the predictive covariance: ``25 x precisions x items x C^2`` numbers, of which ``memory_budget`` bytes
+        stay in memory and the rest goes to temporary files (in ``TMPDIR``). Warns where the optimum is the grid's end.
         """
         _check(method=method, granularity=granularity, link_approx=link_approx)
         L, E = self._distance.shape
@@ -257,8 +261,8 @@ class ExpertLaplace:
         else:
             if val_loader is None:
                 raise ValueError("method='val_nll' needs val_loader, a loader over held-out labelled items")
-            nll = self._validation_nll(group, val_loader, link_approx, progress)
-            best = prior.COARSE[prior.minimise_nll(nll, int(group.max()) + 1)]
+            nll = self._validation_nll(group, val_loader, link_approx, progress, memory_budget)
+            best = prior.COARSE[nll.minimise(progress=progress)]
         at_end = (best <= prior.GRID[0]) | (best >= prior.GRID[-1])
         if at_end.any():
             warnings.warn(f"{int(at_end.sum())} of {best.numel()} prior precisions reached the end of the range "
@@ -271,37 +275,16 @@ class ExpertLaplace:
         """A global prior precision's grid ``[P]`` and the NLL on ``loader`` (nats per item) at each of its points ``[P]``."""
         _check(link_approx=link_approx)
         nll = self._validation_nll(prior.groups("global", *self._distance.shape), loader, link_approx, progress)
-        points = range(len(prior.COARSE))
-        return prior.COARSE.clone(), torch.tensor([nll(torch.tensor([i])) for i in points], dtype=torch.float64)
+        return prior.COARSE.clone(), torch.tensor(nll.common(), dtype=torch.float64)
 
-    def _validation_nll(self, group: Tensor, loader: Iterable, link_approx: str, progress: bool):
-        """The NLL on ``loader`` as a function of each group's index into ``prior.COARSE``; one pass over the data.
-
-        The predictive covariance is a sum over groups, so every group's part is tabulated at every grid point.
-        """
-        n = int(group.max()) + 1
-        means, tables, labels = [], [], []
+    def _validation_nll(self, group: Tensor, loader: Iterable, link_approx: str, progress: bool,
+                        memory_budget: int = 2**31) -> ValidationNLL:
+        """The NLL on ``loader`` under precisions from ``prior.COARSE``, one a group; one pass over the data."""
+        nll = ValidationNLL(group, link_approx, self.options["seed"], memory_budget)
+        grid = prior.COARSE[:, None, None].expand(-1, *group.shape)
         for mean, captured, y in self._jacobians(loader, "expert Laplace: validation", progress):
-            total = mean.new_zeros(len(prior.COARSE), n, *mean.shape, mean.shape[-1])  # [grid, n, B, C, C]
-            grid = prior.COARSE[:, None, None].expand(-1, *group.shape)
-            for layer, cov in enumerate(self._covariances(captured, grid, len(mean))):
-                total.index_add_(1, group[layer, : cov.shape[1]].to(total.device), cov.to(total))
-            means.append(mean)
-            tables.append(total)
-            labels.append(y)
-        labels = torch.cat(labels)
-        if not (labels >= 0).all():
-            raise ValueError("method='val_nll' needs a label on every validation item")
-        width = max(m.shape[1] for m in means)
-        mean = torch.cat([nn.functional.pad(m, (0, width - m.shape[1]), value=-torch.inf) for m in means])
-        table = torch.cat([nn.functional.pad(t, (0, width - t.shape[-1]) * 2) for t in tables], 2)
-        labels = labels.to(mean.device)
-
-        def nll(choice: Tensor) -> float:
-            cov = table[choice, torch.arange(n)].sum(0)
-            return float(-self._link(mean, cov, link_approx, 100).gather(1, labels[:, None]).log().mean())
-
-        return nll
+            nll.add(mean, y, self._covariances(captured, grid, len(mean)))
+        return nll.ready()
 
     # ---- prediction -------------------------------------------------------------------------------------------------
     def _jacobians(self, loader: Iterable, title: str, progress: bool):
@@ -309,13 +292,11 @@ class ExpertLaplace:
             for batch in track(loader, title, progress):
                 yield *self.captured(batch), batch["labels"]
 
-    def _covariances(self, captured: list, precision: Tensor, num_items: int) -> list[Tensor]:
+    def _covariances(self, captured: list, precision: Tensor, num_items: int) -> Iterator[Tensor]:
         """Per layer, every expert's part of the predictive covariance, ``[E, B, C, C]``, for ``precision [L, E]``; with several,
         ``[Q, L, E]``, each ``[Q, E, B, C, C]``."""
-        return [
-            posterior.covariance(slots.a, g, routes_of(slots, num_items), precision[..., layer, : len(slots.counts)])
-            for layer, (posterior, (slots, g)) in enumerate(zip(self._fitted(), captured, strict=True))
-        ]
+        for layer, (posterior, (slots, g)) in enumerate(zip(self._fitted(), captured, strict=True)):
+            yield posterior.covariance(slots.a, g, routes_of(slots, num_items), precision[..., layer, : len(slots.counts)])
 
     def predictive_logits(self, batch: Mapping[str, Tensor], prior_precision=None, captured: tuple[Tensor, list] | None = None) -> tuple[Tensor, Tensor]:
         """Linearised (GLM) predictive of the class logits: mean ``[B, C]`` (-inf: no such option), covariance

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from . import checkpoints
-from .capture import expert_layers, unwrap
+from .capture import expert_layers, serve_experts, unwrap
 from .precision import at_least_float32, moved
 
 # Checkpoints whose experts are packed, by their quant_method, and what has transformers unpack them.
@@ -89,7 +89,7 @@ def load_model(
     if packed in UNPACKING and not getattr(model, "is_quantized", False):
         vars(model).pop("_weight_conversions", None)  # or save_pretrained would take the weights for packed ones
     model.config._commit_hash = checkpoints.commit(name_or_path, revision)
-    return model.eval(), tokenizer
+    return serve_experts(model).eval(), tokenizer
 
 
 def _check_experts(model: PreTrainedModel) -> None:
@@ -174,7 +174,7 @@ def tiny_config(
 def build_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A randomly initialised float32 causal LM of ``config``; the seed fixes every weight."""
     set_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return serve_experts(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
 def to_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -212,7 +212,7 @@ def option_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     The model's own numbers, but at least float32: all that follows (softmax, likelihoods, averages) is then too.
     ``ValueError`` on a right-padded batch or an item without options.
     """
-    batch = to_device(batch, model)
+    batch = to_device(batch, serve_experts(model))
     mask, option_ids = batch["attention_mask"], batch["option_ids"]
     if not mask[:, -1].all():
         raise ValueError("the batch must be padded on the left: the last position is the one that answers")

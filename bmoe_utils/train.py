@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup, set_seed
 
+from .capture import serve_experts
 from .models import option_logits, to_device
 from .progress import track
 from .tasks import length_batches
@@ -43,7 +44,7 @@ def pretrain(
     encoded = [ids + [end] for ids in tokenizer(list(lines), add_special_tokens=False)["input_ids"]]
     optimizer, schedule = _optimizer(model.parameters(), lr, weight_decay, steps)
     losses = []
-    model.zero_grad()
+    serve_experts(model).zero_grad()
     model.train()
     batches = islice(length_batches([len(x) for x in encoded], batch_size, seed), steps)
     for indices in track(batches, "pretraining", progress, total=steps):
