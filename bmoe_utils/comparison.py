@@ -97,7 +97,7 @@ class Run:
         s = self.study
         model = s.base()[0]
         if s.method == "lora":
-            model = train.add_lora(model, dropout=dropout, seed=seed)
+            model = train.add_lora(model, dropout=dropout, seed=seed, target_modules=s.lora_targets)
         with within(model):
             train.fine_tune(model, self._batches(seed), epochs=s.epochs, lr=s.lr, weight_decay=s.weight_decay, seed=seed)
         return model.eval()
@@ -118,7 +118,7 @@ class Run:
 
     def _mc_dropout(self, dropout: float, samples: int):
         state = self._stored(lambda: _state(self._train(self.seed, dropout=dropout)), dropout=dropout)
-        model = train.add_lora(self.study.base()[0], dropout=dropout, seed=self.seed).eval()
+        model = train.add_lora(self.study.base()[0], dropout=dropout, seed=self.seed, target_modules=self.study.lora_targets).eval()
         set_weights(model, state)
         return MCDropout(model, partial(lora_dropout, model), samples, self.seed)
 
@@ -152,7 +152,7 @@ class Run:
         return la
 
     def _blob(self, samples: int, **options):
-        model = train.add_lora(self.study.base()[0], seed=self.seed).eval()
+        model = train.add_lora(self.study.base()[0], seed=self.seed, target_modules=self.study.lora_targets).eval()
 
         def compute() -> dict[str, Tensor]:
             state, std = fit_blob(model, self._batches(self.seed), epochs=self.study.epochs, lr=self.study.lr, seed=self.seed, **options)

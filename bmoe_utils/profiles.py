@@ -7,12 +7,16 @@ CPU = {
     "architecture": "qwen2_moe", "width": 64, "layers": 3, "experts": 8, "top_k": 2, "expert_width": 64,
     "tokenizer_kind": "word", "vocab_size": 4096,
     "pretrain_lines": 300_000, "pretrain_steps": 3500, "pretrain_batch": 64, "pretrain_lr": 3e-3,
-    # MAP fine-tuning; train_size None: all of it
-    "method": "full", "train_size": 500, "epochs": 20, "batch_size": 16, "lr": 3e-4, "weight_decay": 0.0,
+    # MAP fine-tuning; train_size None: all of it; the linear layers that LoRA adapts (None: the architecture's queries, keys
+    # and values)
+    "lora_targets": None, "method": "full", "train_size": 500, "epochs": 20, "batch_size": 16, "lr": 3e-4, "weight_decay": 0.0,
     "dtype": "float32", "device_map": None,
     # prompts: read out by letters or by the option's word (None: as the task suggests), tokens at most (longer passages are
-    # cut), through the tokenizer's chat template
-    "readout": None, "max_length": None, "chat": False,
+    # cut); through the tokenizer's chat template, with that one's own arguments, and what stands before an answer in a chat
+    # (None: what the template writes there)
+    "readout": None, "max_length": None, "chat": False, "chat_template_kwargs": None, "assistant_prefix": None,
+    # what numbers among the answers of one's own files count from, 0 or 1; None: the files tell
+    "answer_base": None,
     # evaluation
     "eval_batch": 64, "test_size": None,
     # chapter 1: metrics after every epoch or at the end alone; the training-set sizes of its curve. Chapter 2: against the dense posterior, fitted on so many items and

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .curvature import answers, probit_probabilities
+from .precision import moved
 from .prior import COARSE
 from .progress import track
 
@@ -74,8 +75,8 @@ class ValidationNLL:
         self.label = labels.to(self.mean.device)
         self.noise = None
         if self.link == "mc":
-            self.noise = torch.randn(SAMPLES, *self.mean.shape, dtype=torch.float64,
-                                     generator=torch.Generator().manual_seed(self.seed)).to(self.mean.device)
+            noise = torch.randn(SAMPLES, *self.mean.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed))
+            self.noise = moved(noise, self.mean.device)
         return self
 
     # ---- the covariance ---------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ class ValidationNLL:
                 case "probit":
                     p = probit_probabilities(mean, cov)
                 case "mc":
-                    p = answers(mean, cov, noise).mean(0).to(mean.dtype)
+                    p = answers(mean, cov, noise).mean(0).to(mean.dtype).to(mean.device)
             out.append(p.gather(1, label[:, None]).squeeze(1))
         return torch.stack(out).cpu()
 

@@ -19,13 +19,14 @@ class Data:
     def task(self) -> dict[str, Split]:
         """The task's splits; ``test_size`` keeps the first so many of every split that is only evaluated on."""
         # letters are what the papers use on large models, whose tokenizers cut many an option's word into pieces
-        splits = load_task(self.task_name, readout=self.readout or (None if self.embedded else "letters"))
+        readout = self.readout or (None if self.embedded else "letters")
+        splits = load_task(self.task_name, readout=readout, answer_base=self.answer_base)
         return {k: v if k in ("train", "validation") else v.subset(self.test_size) for k, v in splits.items()}
 
     @cached_property
     def data_key(self) -> str:
         """Fingerprint of every question of the task and of how they are read out."""
-        layout = {"readout": self.task["train"].readout, "max_length": self.max_length, "chat": self.chat}
+        layout = {"readout": self.task["train"].readout, "max_length": self.max_length, **self._chat()}
         return fingerprint({k: list(v) for k, v in self.task.items()} | layout)
 
     @property
@@ -38,4 +39,8 @@ class Data:
         return draw(self.task["train"], seed, self.train_size if size is None else size)
 
     def loader(self, items: Split, *, batch_size: int | None = None, **options):
-        return make_loader(items, self.tokenizer, batch_size=batch_size or self.eval_batch, max_length=self.max_length, chat=self.chat, **options)
+        return make_loader(items, self.tokenizer, batch_size=batch_size or self.eval_batch, max_length=self.max_length, **self._chat(),
+                           **options)
+
+    def _chat(self) -> dict:
+        return {name: self.settings[name] for name in ("chat", "chat_template_kwargs", "assistant_prefix")}

@@ -22,7 +22,7 @@ class MapModel(BaseModel):
     """Stage 2, on a base model, a seed, an epoch count and a training-set size."""
 
     def _map_config(self, seed: int, epochs: int | None, size: int | None) -> dict:
-        names = ("method", "batch_size", "lr", "weight_decay", "dtype")
+        names = ("method", "lora_targets", "batch_size", "lr", "weight_decay", "dtype")
         return {n: self.settings[n] for n in names} | {
             # the data first: where they are missing, that is known before a large model is loaded
             "data": self.data_key, "base": self._base_key, "seed": seed, "epochs": self.epochs if epochs is None else epochs,
@@ -41,7 +41,7 @@ class MapModel(BaseModel):
         def build(folder: Path) -> None:
             model, _ = self.base()
             if config["method"] == "lora":
-                model = train.add_lora(model, seed=seed)
+                model = train.add_lora(model, seed=seed, target_modules=self.lora_targets)
             items = self.train_items(seed, size)
             history, kept = [], {}
 
