@@ -95,8 +95,8 @@ def _grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def grouped_mm_serves(weight: Tensor) -> bool:
-    """Whether ``grouped_mm`` takes this weight ``[E, m, k]``, in either layout, and inputs of its type: no float64, rows of a multiple
-    of 16 bytes, and on CUDA an Ampere card or newer."""
+    """Whether ``grouped_mm`` takes this weight ``[E, m, k]``, in either layout, and inputs of its
+    type: no float64, rows of a multiple of 16 bytes, and on CUDA an Ampere card or newer."""
     if weight.dtype not in FLOATS[1:]:
         return False
     if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 0):
@@ -105,8 +105,9 @@ def grouped_mm_serves(weight: Tensor) -> bool:
 
 
 def serve_experts(model: nn.Module) -> nn.Module:
-    """The model. Where it would run its experts by transformers' ``grouped_mm`` (the default) and that does not take one of their
-    weights, they run by the forward that captures from now on, which asks :func:`grouped_mm_serves` before every product."""
+    """The model. Where it would run its experts by transformers' ``grouped_mm`` (the default) and
+    that does not take one of their weights, they run by the forward that captures from now on,
+    which asks :func:`grouped_mm_serves` before every product."""
     inner = unwrap(model)
     chosen = getattr(inner, "get_experts_implementation", dict)()
     if "grouped_mm" in chosen.values() and not all(map(grouped_mm_serves, _fused_weights(inner))):
@@ -115,7 +116,8 @@ def serve_experts(model: nn.Module) -> nn.Module:
 
 
 def _fused_weights(model: nn.Module) -> Iterator[Tensor]:
-    """All experts' in floating point. Not by :func:`expert_layers`: every prediction asks, and this takes a fifth of its time."""
+    """All experts', in floating point. Not by :func:`expert_layers`, which takes several times as
+    long: every prediction asks."""
     for module in model.modules():
         for name in ("gate_up_proj", "up_proj", "down_proj"):
             weight = module._parameters.get(name)

@@ -83,9 +83,10 @@ def _best(penalty: Callable[[Tensor], Tensor], reached: Tensor, group: Tensor, c
 def maximise_evidence(penalty: Callable[[Tensor], Tensor], group: Tensor, current: Tensor) -> Tensor:
     """The precision of least penalty (largest evidence) of every group, float64 ``[groups]``.
 
-    ``penalty(precision [L, E]) -> [L, E]`` is what the evidence loses, expert by expert; ``group [L, E]`` from
-    :func:`groups`. The best grid point, refined by L-BFGS on ``log lambda`` within its cell, or where that fails by halving it. A group whose penalty does not
-    depend on the precision (no data, no distance) keeps its ``current`` ``[L, E]``.
+    ``penalty(precision [L, E]) -> [L, E]`` is what the evidence loses, expert by expert;
+    ``group [L, E]`` from :func:`groups`. The best grid point, refined by L-BFGS on ``log lambda``
+    within its cell, or where that fails by halving it. A group whose penalty does not depend on the
+    precision (no data, no distance) keeps its ``current`` ``[L, E]``.
     """
     n = int(group.max()) + 1
 

@@ -1,9 +1,10 @@
 """The NLL of held-out items as a function of every group's prior precision, and the precisions of least NLL.
 
-The predictive covariance is a sum over groups of experts, so every group's part at every point of the grid is all that it takes: one
-pass over the items, then a change of one group's precision changes one summand. The parts are most of the memory, ``grid x groups x
-items x C^2`` numbers; what is beyond a budget is kept in temporary files. Nothing else grows with groups times items but the sums of
-``BLOCK`` groups each.
+The predictive covariance is a sum over groups of experts, so every group's part at every point of
+the grid is all that it takes: one pass over the items, then a change of one group's precision
+changes one summand. The parts are most of the memory, ``grid x groups x items x C^2`` numbers; what
+is beyond a budget is kept in temporary files. Nothing else grows with groups times items but the
+sums of ``BLOCK`` groups each.
 """
 
 from __future__ import annotations
@@ -23,17 +24,20 @@ from .precision import moved
 from .prior import COARSE
 from .progress import track
 
-# Summands that are added up anew for every trial, in their order; sums of as many stand for the others. So nothing is ever
-# subtracted, no rounding builds up over a sweep, and up to this many groups are one sum.
+# Summands that are added up anew for every trial, in their order; sums of as many stand for the
+# others. So nothing is ever subtracted, no rounding builds up over a sweep, and up to this many
+# groups are one sum.
 BLOCK = 32
 SAMPLES = 100  # of the "mc" link
 
 
 class ValidationNLL:
-    """Mean ``-log p(y)`` of the items added, nats, under the prior precisions ``COARSE[choice]``, one for each of the groups.
+    """Mean ``-log p(y)`` of the items added, nats, under the prior precisions ``COARSE[choice]``, one
+    for each of the groups.
 
-    ``group [L, E]``: :func:`prior.groups`. ``link``: ``mc`` (the same noise for every precision, by ``seed``), ``probit`` or ``map``.
-    ``memory_budget``: bytes of tabulated parts that may stay in memory.
+    ``group [L, E]``: :func:`prior.groups`. ``link``: ``mc`` (the same noise for every precision, by
+    ``seed``), ``probit`` or ``map``. ``memory_budget``: bytes of tabulated parts that may stay in
+    memory.
     """
 
     def __init__(self, group: Tensor, link: str, seed: int, memory_budget: int):
