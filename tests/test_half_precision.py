@@ -346,3 +346,11 @@ def test_kernels_of_all_weights(dtype):
     for name, kernel in reference.fit.items():  # squares of gradients: twice their rounding
         assert mine.fit[name].dtype == torch.float64
         assert (mine.fit[name] - kernel).norm() < 10 * OWN[dtype] * kernel.norm(), name
+
+
+def test_a_predictor_of_ones_own_that_takes_its_softmax_in_half_precision_is_told():
+    def predictor(batch):
+        return bm.option_logits(model_in(torch.bfloat16), batch).detach().bfloat16().softmax(-1)
+
+    with pytest.raises(ValueError, match=r"bfloat16, whose rows do not sum to 1: take the softmax"):
+        bm.predict(predictor, TEST, **QUIET)
