@@ -189,7 +189,8 @@ class MCDropout(Averaged):
     def draws(self, batch):
         with evaluating(self.model), self.dropping(), torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            return torch.stack([float64(option_logits(self.model, batch)).softmax(-1) for _ in range(self.passes)])
+            logits = [option_logits(self.model, batch) for _ in range(self.passes)]
+            return torch.stack([float64(f).softmax(-1) for f in logits])
 
 
 # ---- several settings of the weights --------------------------------------------------------------------------------

@@ -72,9 +72,10 @@ def block_kernels(model: nn.Module, fit_loader: Iterable[Mapping[str, Tensor]], 
         every = [parameters[n].requires_grad_() for names in blocks.values() for n in names]
         for item in track(items, "Jacobians of all weights", progress):
             f = option_logits(model, item)[0]
-            logits.append(nn.functional.pad(f.detach().cpu().double(), (0, C - len(f)), value=-torch.inf))
-            m, finite = int(f.isfinite().sum()), f.masked_fill(f.isinf(), 0.0)
-            for v in contrasts(f.detach().isfinite()[None].cpu())[0, : m - 1].to(f):
+            own = f.detach().cpu()
+            logits.append(nn.functional.pad(own.double(), (0, C - len(f)), value=-torch.inf))
+            m, finite = int(own.isfinite().sum()), f.masked_fill(f.isinf(), 0.0)
+            for v in contrasts(own.isfinite()[None])[0, : m - 1].to(f):
                 grads = iter(torch.autograd.grad(finite, every, v, retain_graph=True, materialize_grads=True))
                 for b, names in blocks.items():
                     J[b][row] = flat(names, [next(grads) for _ in names])
@@ -89,11 +90,13 @@ def block_kernels(model: nn.Module, fit_loader: Iterable[Mapping[str, Tensor]], 
         rows = J.pop(b)
         K = torch.zeros(len(items) * (C - 1), n, dtype=torch.float64)
         K[place[:, None], place[:mine]] = (rows @ rows[:mine].mT).double()
-        slope = K.new_zeros(len(K)).index_put((place,), (rows @ flat(blocks[b], w).to(rows)).double())
+        slope = (rows @ flat(blocks[b], w).to(rows)).double()
+        slope = K.new_zeros(len(K)).index_put((place,), slope)
         own = rows.new_zeros(len(looked_at) * (C - 1), rows.shape[1]).index_copy(0, place[mine:] - n, rows[mine:]).view(len(looked_at), C - 1, -1)
         out["fit"][b], out["cross"][b], out["own"][b] = K[:n], K[n:], (own @ own.mT).double()
         out["fit_slope"][b], out["own_slope"][b] = slope[:n], slope[n:]
-        out["distance"][b], out["size"][b] = float(sum(x.cpu().double().square().sum() for x in w)), sum(x.numel() for x in w)
+        out["distance"][b] = float(sum(x.cpu().double().square().sum() for x in w))
+        out["size"][b] = sum(x.numel() for x in w)
     return Kernels(**out, fit_logits=logits[:N], fit_labels=torch.cat([x["labels"] for x in fitted]), logits=logits[N:])
 
 

@@ -155,7 +155,7 @@ class DenseBlocks:
 
 
 def eigh(M: Tensor) -> tuple[Tensor, Tensor]:
-    """``torch.linalg.eigh`` in ``M``'s precision and on its device; computed on the CPU for MPS, where torch has none."""
+    """Of ``M``, as :func:`torch.linalg.eigh`; on the CPU for MPS, where torch has none."""
     values, vectors = torch.linalg.eigh(M.cpu() if M.device.type == "mps" else M)
     return values.to(M.device), vectors.to(M.device)
 
@@ -199,7 +199,7 @@ def answers(mean: Tensor, cov: Tensor, noise: Tensor) -> Tensor:
 
 
 def sample_probabilities(mean: Tensor, cov: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
-    """``E[softmax f]`` by sampling, ``[B, C]`` in the mean's dtype, on its device (:func:`sample_answers`)."""
+    """``E[softmax f]`` by sampling, ``[B, C]`` in the mean's dtype and on its device."""
     return sample_answers(mean, cov, num_samples, generator).mean(0).to(mean.dtype).to(mean.device)
 
 

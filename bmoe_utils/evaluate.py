@@ -186,6 +186,9 @@ def _part(batch, probs, signals, logits):
     """The checked `Predictions` of one batch."""
     missing = metrics.to_numpy(batch["option_ids"]) < 0  # [B, C]
     labels = metrics.to_numpy(batch["labels"]).astype(np.int64)  # [B]
+    if getattr(probs, "dtype", None) in (torch.bfloat16, torch.float16):
+        raise ValueError(f"the predictor's probabilities are {probs.dtype}, whose rows do not sum to 1: "
+                         "take the softmax of float32 logits (logits.float().softmax(-1))")
     probs = _float64(probs)
     if probs.shape != missing.shape:
         raise ValueError(f"expected probs shaped like option_ids {missing.shape}, got {probs.shape}")

@@ -73,5 +73,6 @@ def prior_predictive(
             for (slots, g), by_expert in zip(captured, precision, strict=True):
                 for e, items, J in item_jacobians(slots.a, g, routes_of(slots, len(f))):
                     J = J.flatten(2)
-                    cov[items.to(cov.device)] += (float64(J @ J.mT) / by_expert[e].item()).to(cov.device)
+                    own = float64(J @ J.mT) / by_expert[e].item()
+                    cov[items.to(cov.device)] += own.to(cov.device)
             yield f, cov.to(f.dtype).to(f.device)

@@ -271,8 +271,8 @@ class Fit:
         if self.stage == 0:
             self.labelled &= labelled
             if self.labelled:
-                picked = logits.detach().cpu().double().log_softmax(-1).gather(1, batch["labels"].cpu()[:, None])
-                self.log_likelihood += float(picked.sum())
+                log_p = logits.detach().cpu().double().log_softmax(-1)
+                self.log_likelihood += float(log_p.gather(1, batch["labels"].cpu()[:, None]).sum())
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
     def _open(self, folder: str | Path | None) -> bool:

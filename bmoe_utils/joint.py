@@ -172,4 +172,5 @@ def linked(means: Tensor, covs: Tensor, link_approx: str, points: Tensor) -> tup
         probs, parts = information.averaged_answer(means, covs, points)
         return probs, parts.signals()
     link = probit_probabilities if link_approx == "probit" else lambda mean, _: mean.softmax(-1)
-    return torch.stack([link(m, v).cpu().double() for m, v in zip(means, covs, strict=True)]).mean(0), {}
+    probs = [link(m, v).cpu().double() for m, v in zip(means, covs, strict=True)]
+    return torch.stack(probs).mean(0), {}

@@ -75,7 +75,8 @@ def fit_blob(model: nn.Module, loader: Iterable[Mapping[str, Tensor]], *, epochs
     matrices, weights = _named_A(model), adapted_weights(model)
     with weights_set(model, {k: v.detach() for k, v in weights.items()}), training_only(model, weights.values()), torch.random.fork_rng():
         set_seed(seed)
-        G = {k: nn.Parameter(init * at_least_float32(torch.empty_like(A.weight)).uniform_(0.5**0.5, 1)) for k, A in matrices.items()}
+        wide = {k: at_least_float32(torch.empty_like(A.weight)) for k, A in matrices.items()}
+        G = {k: nn.Parameter(init * w.uniform_(0.5**0.5, 1)) for k, w in wide.items()}
         trained = [*weights.values(), *G.values()]
         optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
         steps = epochs * len(loader)
@@ -115,9 +116,14 @@ def tfb_directions(model: nn.Module, num_samples: int, seed: int = 0) -> list[di
     for A, B in lora_linears(model).values():
         _, d, Vh = torch.linalg.svd(float64(B.weight.detach()), full_matrices=False)
         real = d > max(B.weight.shape) * torch.finfo(B.weight.dtype).eps * d.max().clamp(min=TINY)
-        inverses.append((Vh.mT * torch.where(real, 1 / d, 0.0), at_least_float32(A.weight.detach())))
-    draw = lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    return [{name: (V @ draw(like)[: V.shape[1]].to(V.device)).to(like.dtype).to(like.device) for name, (V, like) in zip(names, inverses, strict=True)}
+        like = at_least_float32(A.weight.detach())
+        inverses.append((Vh.mT * torch.where(real, 1 / d, 0.0), like))
+
+    def drawn(V: Tensor, like: Tensor) -> Tensor:
+        noise = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+        return (V @ noise[: V.shape[1]].to(V.device)).to(like.dtype).to(like.device)
+
+    return [{name: drawn(*pair) for name, pair in zip(names, inverses, strict=True)}
             for _ in range(num_samples)]
 
 

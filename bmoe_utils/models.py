@@ -209,7 +209,7 @@ def option_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
     ``batch``: ``input_ids [B, T]``, ``attention_mask [B, T]`` (left-padded), ``option_ids [B, C]`` (-1: no such option,
     whose logit is -inf). In the graph if gradients are on. Letters are the case where every item has the same ids.
-    The model's own numbers, but at least float32: all that follows (softmax, likelihoods, averages) is then too.
+    The model's own numbers, at least float32: so is then all that is made of them.
     ``ValueError`` on a right-padded batch or an item without options.
     """
     batch = to_device(batch, serve_experts(model))

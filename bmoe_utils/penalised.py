@@ -34,7 +34,8 @@ def fine_tune(model: nn.Module, loader: Iterable[Mapping[str, Tensor]], *, epoch
     items = sum(len(b["labels"]) for b in loader)
 
     def objective(logits: Tensor, labels: Tensor) -> Tensor:
-        penalty = sum(0.5 * lam / items * (at_least_float32(p) - centre).square().sum() for p, centre, lam in held)
+        penalty = sum(0.5 * lam / items * (at_least_float32(p) - centre).square().sum()
+                      for p, centre, lam in held)
         return smoothed_nll(logits, labels, smoothing) + penalty
 
     train.fine_tune(model, loader, epochs=epochs, lr=lr, seed=seed, loss=objective, progress=progress)

@@ -1,8 +1,8 @@
 """In which floating-point numbers the study computes beside a model of any precision.
 
-The model's own forward stays in its dtype. What is made of its logits, activations and gradients does
-not: bf16 has 8 bits, so that the probabilities of its softmax sum to 1 within .004, and a sum of a few
-hundred of them stops growing.
+The model's own forward stays in its dtype. What is made of its logits, activations and gradients
+does not: bf16 has 8 bits, so that the probabilities of its softmax sum to 1 within .004, and a sum
+of a few hundred of them stops growing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-# Devices without float64: what needs it is computed on the CPU, after the move (they could not cast).
+# Devices without float64: what needs it is computed on the CPU, after the move (they could not
+# cast).
 WITHOUT_FLOAT64 = ("mps",)
 
 
@@ -33,16 +34,22 @@ def moved(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 class Masters(dict[str, nn.Parameter]):
-    """What an optimiser steps in the place of ``weights``, by name: those of half precision in float32.
+    """What an optimiser steps in the place of ``weights``, by name: those of half precision in
+    float32.
 
-    Most steps are too small for a bf16 weight to take, and AdamW's epsilon is 0 in fp16, so that a weight
-    without a gradient becomes not a number. Weights of float32 and float64 are their own masters.
+    Most steps are too small for a bf16 weight to take, and AdamW's epsilon is 0 in fp16, so that a
+    weight without a gradient becomes not a number. Weights of float32 and float64 are their own
+    masters.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter]):
         wide = {k: at_least_float32(w.detach()) for k, w in weights.items()}
-        super().__init__({k: w if m.dtype == w.dtype else nn.Parameter(m)
-                          for (k, w), m in zip(weights.items(), wide.values(), strict=True)})
+        super().__init__(
+            {
+                k: w if m.dtype == w.dtype else nn.Parameter(m)
+                for (k, w), m in zip(weights.items(), wide.values(), strict=True)
+            }
+        )
         self.rounded = [(w, self[k]) for k, w in weights.items() if self[k] is not w]
 
     def take_gradients(self) -> None:

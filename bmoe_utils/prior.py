@@ -44,7 +44,8 @@ def evidence_penalty(spectra: Sequence[Tensor], distance: Tensor) -> Callable[[T
     L, E = distance.shape
     width = max(h.shape[1] for h in spectra)
     if L * E * width <= AT_ONCE:
-        spectra = [torch.stack([pad(h.cpu().double(), (0, width - h.shape[1], 0, E - len(h))) for h in spectra])]
+        spectra = [torch.stack([pad(h.cpu().double(), (0, width - h.shape[1], 0, E - len(h)))
+                                for h in spectra])]
 
     def penalty(precision: Tensor) -> Tensor:
         if spectra[0].dim() == 3:

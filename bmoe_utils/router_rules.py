@@ -84,7 +84,8 @@ class Rule:
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(16, width, generator=generator, dtype=torch.float64)
         with torch.no_grad():
-            probe = probe * (2 / (probe @ weight.cpu().double().mT).std().clamp(min=1e-6))  # logits of std 2
+            spread = (probe @ weight.cpu().double().mT).std().clamp(min=1e-6)
+            probe = probe * (2 / spread)  # logits of std 2
             probe = probe.to(weight.device, weight.dtype)
             self.order = self._roles(name, forward(self._shaped(probe), **self._extra()))
             outputs, _, logits = self.run(forward, self._shaped(probe), **self._extra())

@@ -110,21 +110,23 @@ def log_scores(logits: Tensor, link: str) -> Tensor:
 def sampled_shift(logits: Tensor, samples: Tensor, link: str = "softmax") -> Tensor:
     """``shift [N, E]`` with ``score(logits + shift) = mean_s score(samples_s)``: averages scores, not logits.
 
-    ``logits [N, E]``, ``samples [S, N, E]``. Taken as the log of a mean of ratios, which is 0.0 where all ratios are 1: on any
-    processor, though an elementwise function of tensors of two shapes may differ in the last bit (vectors, and a scalar remainder).
-    A softmax is computed row by row, alike in every shape. The ratios of sigmoids come from the differences of the logits.
+    ``logits [N, E]``, ``samples [S, N, E]``. Taken as the log of a mean of ratios, which is 0.0
+    where all ratios are 1: on any processor, though sigmoids of tensors of two shapes may differ in
+    the last bit (vectors, and a scalar remainder). A softmax is taken row by row, alike in every
+    shape; ratios of sigmoids come from the logits' differences.
     """
     floor = torch.finfo(logits.dtype).tiny ** 0.8  # so small a score never matters, and no ratio overflows
 
     def log_mean(ratio: Tensor, start: Tensor) -> Tensor:
-        # The mean has the floor and not every score: one pass over [S, N, E] less. Below it, and unmoved, the ratio is 1 again.
+        # The mean has the floor and not every score: one pass over [S, N, E] less. Below it, and
+        # unmoved, the ratio is 1 again.
         return torch.maximum(ratio.mean(0), floor / start).log()
 
     if link == "softmax":
         start = logits.softmax(-1).clamp(min=floor)
         return log_mean(samples.softmax(-1) / start, start)
-    # sigmoid(l + d) / sigmoid(l) = 1 / (p + q e^-d), p = sigmoid(l), q = 1 - p. The smaller of the two is computed and the other is
-    # what is left of 1, so that they add up to exactly 1; e^0 is exactly 1.
+    # sigmoid(l + d) / sigmoid(l) = 1 / (p + q e^-d), p = sigmoid(l), q = 1 - p. The smaller of the
+    # two is computed and the other is what is left of 1: they add up to exactly 1; e^0 is 1 too.
     less = torch.sigmoid(-logits.abs()).clamp(min=floor)
     p, q = torch.where(logits > 0, 1 - less, less), torch.where(logits > 0, less, 1 - less)
     d = samples - logits
@@ -248,7 +250,7 @@ class SwagMoments:
 
     @classmethod
     def like(cls, weight: Tensor, rank: int = 20) -> SwagMoments:
-        zeros = at_least_float32(torch.zeros_like(weight))  # the steps of a running mean are below bf16's rounding
+        zeros = at_least_float32(torch.zeros_like(weight))  # bf16 takes no small steps
         return cls(zeros, zeros.clone(), rank=rank)
 
     def update(self, weight: Tensor) -> None:

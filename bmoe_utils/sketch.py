@@ -139,12 +139,13 @@ class Sketch:
         values, vectors = values[:, :k].clone(), vectors[:, :, :k]
         values[:, self.kept :] = 0
         fresh = gaussian(self.U.shape[1], k, self.seed + 1 + int(self.progress[2])) / self.U.shape[1] ** 0.5
-        self.U.copy_(orthonormal(torch.where((values[:, None] > 0).to(vectors.device), vectors, fresh.to(vectors))))
+        kept = (values[:, None] > 0).to(vectors.device)
+        self.U.copy_(orthonormal(torch.where(kept, vectors, fresh.to(vectors))))
         self.base.copy_(values)
         self.Y.zero_()
 
     def _eigenpairs(self, cast: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, Tensor]:
-        """Of ``M^``, its thin products in the precision that ``cast`` gives, the sums' own or :func:`float64`."""
+        """Of ``M^``; its thin products in the sums' precision, or in that of ``cast``."""
         U, Y = cast(self.U), cast(self.Y + self.U * self.base[:, None])
         if U.shape[1] == U.shape[2]:  # U is a basis of the whole space: the factor itself
             values, vectors = eigh(Y @ U.mT)
@@ -164,7 +165,8 @@ class Sketch:
         if torch.equal(self.U, other.U):
             self.Y += other.Y
         else:
-            both = [vectors * values.sqrt().to(vectors)[:, None] for values, vectors in (x._eigenpairs() for x in (self, other))]
+            pairs = (x._eigenpairs() for x in (self, other))
+            both = [vectors * values.sqrt().to(vectors)[:, None] for values, vectors in pairs]
             self._restart(*(x.flip(-1) for x in eigenpairs(torch.cat(both, 2))))
         self.energy += other.energy
         self.progress[0] += other.progress[0]

@@ -29,9 +29,10 @@ def deviations(posterior: Eigenbasis, precision: Tensor, noise: Tensor) -> Tenso
 
 def sampled_logits(la: ExpertLaplace, loader: Iterable[Mapping[str, Tensor]], num_samples: int, *, seed: int = 0,
                    progress: bool = True) -> Tensor:
-    """Class logits ``[S, N, C]`` (float64; -inf: no such option) of the model with its experts' weights drawn from the fitted posterior ``la``
-    at its prior precision: not linearised. The model is left bit for bit as it was. ``ValueError`` for experts that are modules of their
-    own or offloaded, and for dense blocks, whose samples are not written."""
+    """Class logits ``[S, N, C]`` (float64; -inf: no such option) of the model with its experts'
+    weights drawn from the fitted posterior ``la`` at its prior precision and rounded to the model's
+    dtype: not linearised. The model is left bit for bit as it was. ``ValueError`` for experts that
+    are modules of their own or offloaded, and for dense blocks, whose samples are not written."""
     if not all(isinstance(p, Eigenbasis) for p in la._fitted()):
         raise ValueError("weight samples are drawn in a Kronecker basis: fit with hessian_structure 'kron', 'ekfac' or 'diag'")
     if any(isinstance(m, nn.ModuleList) or bare(m).down_proj.is_meta for m in la._modules):
@@ -44,8 +45,9 @@ def sampled_logits(la: ExpertLaplace, loader: Iterable[Mapping[str, Tensor]], nu
             for _ in track(range(num_samples), "weight samples", progress):
                 for weight, mean, posterior, lam in zip(weights, means, la.posteriors, precision, strict=True):
                     noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-                    mean = at_least_float32(mean)  # so that a bf16 weight is rounded once, as it is written
-                    weight.copy_(mean + deviations(posterior.to("cpu"), lam[: len(weight)], noise).to(mean))
+                    mean = at_least_float32(mean)  # a bf16 weight is rounded once, as it is written
+                    deviation = deviations(posterior.to("cpu"), lam[: len(weight)], noise)
+                    weight.copy_(mean + deviation.to(mean))
                 parts = [option_logits(la.model, batch).cpu().double() for batch in loader]
                 width = max(p.shape[1] for p in parts)
                 out.append(torch.cat([nn.functional.pad(p, (0, width - p.shape[1]), value=-torch.inf) for p in parts]))

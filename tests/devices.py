@@ -1,7 +1,8 @@
 """A device that this machine does not have, pretended.
 
-Its tensors are on the CPU and carry a mark; every operation under :class:`TwoDevices` gives a marked result from marked tensors, and
-fails as a real one would where both kinds meet, or under :class:`WithoutFloat64` where a marked one would be float64.
+Its tensors are on the CPU and carry a mark; every operation under :class:`TwoDevices` gives a
+marked result from marked tensors, and fails as a real one would where both kinds meet, or under
+:class:`WithoutFloat64` where a marked one would be float64.
 """
 
 import torch
@@ -19,7 +20,9 @@ class Far(Tensor):
 
 
 def marked(out, far):
-    return tree_map_only(Tensor, lambda t: t.as_subclass(Far) if far and type(t) is not Far else t, out)
+    return tree_map_only(
+        Tensor, lambda t: t.as_subclass(Far) if far and type(t) is not Far else t, out
+    )
 
 
 class TwoDevices(TorchFunctionMode):
@@ -35,20 +38,29 @@ class TwoDevices(TorchFunctionMode):
             return self.device if type(args[0]) is Far else func(*args)
         if func == Tensor.shape.__get__:  # not a tuple, as the tree functions would make of it
             return func(*args)
-        if name == "_has_compatible_shallow_copy_type":  # a module that is moved then takes new parameters, marked ones
+        if (
+            name == "_has_compatible_shallow_copy_type"
+        ):  # a module that is moved then takes new parameters, marked ones
             return type(args[0]) is not Far and type(args[1]) is not Far
         if name in ("to", "cpu"):
             return self.move(args[0], ("cpu",) if name == "cpu" else args[1:], kwargs)
         if func is torch.autograd.grad:  # through both
-            return tuple(marked(g, type(x) is Far) for g, x in zip(func(*args, **kwargs), args[1], strict=True))
+            return tuple(
+                marked(g, type(x) is Far)
+                for g, x in zip(func(*args, **kwargs), args[1], strict=True)
+            )
         asked = kwargs.get("device")
         if asked is not None and torch.device(asked) == self.device:
             return marked(func(*args, **kwargs | {"device": "cpu"}), True)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         far = [type(t) is Far for t in tensors]
-        if name == "copy_" or name == "__setitem__" and len(tensors) == 2:  # the latter without tensors among its indices is a copy
+        if (
+            name == "copy_" or name == "__setitem__" and len(tensors) == 2
+        ):  # the latter without tensors among its indices is a copy
             return func(*args, **kwargs)
-        if name in ("__getitem__", "__setitem__", "index_put", "index_put_") and far[0]:  # indices may be on the host
+        if (
+            name in ("__getitem__", "__setitem__", "index_put", "index_put_") and far[0]
+        ):  # indices may be on the host
             tensors, far = [t for t in tensors if t.dtype not in (torch.long, torch.bool)], [True]
         if any(far) and any(t.dim() for t in tensors if type(t) is not Far):
             raise RuntimeError(f"{name}: tensors on two devices")
@@ -72,7 +84,8 @@ class TwoDevices(TorchFunctionMode):
 
 
 class WithoutFloat64(TwoDevices):
-    """The far device is Apple's MPS: no float64, not even on the way to the CPU, and no eigenvectors."""
+    """The far device is Apple's MPS: no float64, not even on the way to the CPU, and no
+    eigenvectors."""
 
     device = torch.device("mps")
 

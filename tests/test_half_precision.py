@@ -1,8 +1,9 @@
-"""Every public predictor beside a bf16 and an fp16 model: what it returns is float32 at least and a distribution, and near what it
-returns beside a float32 model with the same weights. On the CPU fp16 runs wherever bf16 does (torch 2.13): nothing is left out.
+"""Every public predictor beside a bf16 and an fp16 model: what it returns is float32 at least and
+a distribution, and near what it returns beside a float32 model with the same weights. On the CPU
+fp16 runs wherever bf16 does (torch 2.13): nothing is left out.
 
-The reference is float32 and not float64 since the routers' random numbers are: other numbers would be other draws. float32 itself
-is held to float64 in test_precision.py.
+The reference is float32 and not float64 since the routers' random numbers are: other numbers would
+be other draws. float32 itself is held to float64 in test_precision.py.
 """
 
 from functools import cache, partial
@@ -13,7 +14,15 @@ from tiny import tiny_batch, tiny_model
 
 import bmoe_utils as bm
 from bmoe_utils import exact
-from bmoe_utils.baselines import GaussianLogits, MCDropout, WeightEnsemble, expert_dropout, fit_swag, lora_dropout, swag_states
+from bmoe_utils.baselines import (
+    GaussianLogits,
+    MCDropout,
+    WeightEnsemble,
+    expert_dropout,
+    fit_swag,
+    lora_dropout,
+    swag_states,
+)
 from bmoe_utils.blocks import block_kernels
 from bmoe_utils.curvature import probit_probabilities
 from bmoe_utils.joint import JointPosterior
@@ -29,22 +38,31 @@ from bmoe_utils.train import add_lora, adapted_weights
 from bmoe_utils.weight_samples import sampled_logits
 
 HALF = [torch.bfloat16, torch.float16]
-# How far answers may be off: the forward pass, which stays in the model's dtype, rounds to 8 or 11 bits. Measured of the plain model
-# .0038 and .0005; what only averages answers or changes weights a little is no worse.
+# How far answers may be off: the forward pass, which stays in the model's dtype, rounds to 8 or 11
+# bits. Measured of the plain model .0038 and .0005; what only averages answers or changes weights
+# a little is no worse.
 OWN = {torch.bfloat16: 0.01, torch.float16: 0.00125}
-# The mean of 1000 draws, twice: by rounding the eigenvectors of two covariances may be turned, which draws anew. Three standard
-# errors of the widest law there is, one of standard deviation 1/2.
+# The mean of 1000 draws, twice: by rounding the eigenvectors of two covariances may be turned,
+# which draws anew. Three standard errors of the widest law there is, one of standard deviation
+# 1/2.
 DRAWN = 3 * 0.5 * (2 / 1000) ** 0.5
 TRAIN, TEST = [tiny_batch(6, seed=s) for s in range(2)], [tiny_batch(6, seed=s) for s in (9, 10)]
 LINKS = ("mc", "probit", "map")
-STRUCTURES = [dict(), dict(rank=3), dict(hessian_structure="ekfac"), dict(hessian_structure="diag"), dict(hessian_structure="full")]
+STRUCTURES = [
+    dict(),
+    dict(rank=3),
+    dict(hessian_structure="ekfac"),
+    dict(hessian_structure="diag"),
+    dict(hessian_structure="full"),
+]
 GAUSSIAN = ("laplace", "mfvr", "fcvr", "swag")
 QUIET = dict(progress=False)
 
 
 @cache
 def model_in(dtype, lora=False):
-    """Weights that both half precisions hold exactly, in a model that computes in ``dtype``; peft keeps LoRA's in float32."""
+    """Weights that both half precisions hold exactly, in a model that computes in ``dtype``; peft
+    keeps LoRA's in float32."""
     model = tiny_model(scale=0.2, dtype=torch.float32)
     if lora:
         model = add_lora(model, rank=2, dropout=0.2)
@@ -57,7 +75,8 @@ def model_in(dtype, lora=False):
 
 
 class Kept:
-    """A predictor that keeps what it said, so that the test sees it before it is made an array of float64."""
+    """A predictor that keeps what it said, so that the test sees it before it is made an array of
+    float64."""
 
     def __init__(self, predictor):
         self.predictor, self.said = predictor, []
@@ -79,9 +98,14 @@ def answers(predictor):
 
 
 def near(mine, reference, dtype, drawn=False):
-    """All items but two of the twelve, of which a token may stand where two experts tie: rounding then sends it to the other one."""
+    """All items but two of the twelve, of which a token may stand where two experts tie: rounding
+    then sends it to the other one."""
     error = sorted(abs(mine - reference).max(1))
-    return error[-3] < OWN[dtype] and error[-1] < DRAWN if not drawn else error[-1] < OWN[dtype] + DRAWN
+    return (
+        error[-3] < OWN[dtype] and error[-1] < DRAWN
+        if not drawn
+        else error[-1] < OWN[dtype] + DRAWN
+    )
 
 
 def compare(make, dtype, drawn=False):
@@ -91,10 +115,15 @@ def compare(make, dtype, drawn=False):
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_model_itself(dtype):
     mine, reference = (bm.predict(model_in(d), TEST, **QUIET) for d in (dtype, torch.float32))
-    assert abs(mine.probs.sum(1) - 1).max() < 1e-12 and abs(mine.probs - reference.probs).max() < OWN[dtype]
+    assert (
+        abs(mine.probs.sum(1) - 1).max() < 1e-12
+        and abs(mine.probs - reference.probs).max() < OWN[dtype]
+    )
     for batch in TEST:
         logits = bm.option_logits(model_in(dtype), batch)
-        assert logits.dtype == torch.float32 and torch.equal(logits, logits.to(dtype).float())  # the model's own numbers
+        assert logits.dtype == torch.float32 and torch.equal(
+            logits, logits.to(dtype).float()
+        )  # the model's own numbers
     cooled = [softmax(p.logits, fit_temperature(p.logits, p.labels)) for p in (mine, reference)]
     assert abs(cooled[0].sum(1) - 1).max() < 1e-12 and near(*cooled, dtype)
 
@@ -116,20 +145,32 @@ def test_expert_laplace(options, dtype, tmp_path):
 @pytest.mark.parametrize("method", list(FAMILIES))
 def test_routers(method, dtype, tmp_path):
     """Attached and fitted, of both inferences, sampled and not; and from their files."""
-    options = {"swag": {"rank": 2}, "ensemble": {"members": 2}, "mcdropout": {"dropout": 0.3}}.get(method, {})
+    options = {"swag": {"rank": 2}, "ensemble": {"members": 2}, "mcdropout": {"dropout": 0.3}}.get(
+        method, {}
+    )
     ways = [("inside", 4), ("whole-model", 3), *([("inside", None)] if method in GAUSSIAN else [])]
     said = {}
     for d in (dtype, torch.float32):
         with bm.attach_routers(model_in(d), method, **options) as routers:
-            assert all(t.dtype in (torch.float32, torch.int64) for t in routers.families.state_dict().values())
+            assert all(
+                t.dtype in (torch.float32, torch.int64)
+                for t in routers.families.state_dict().values()
+            )
             for stage in ("attached", "fitted"):
                 for routers.inference, routers.num_samples in ways:
                     said[d, stage, routers.inference, routers.num_samples] = answers(routers)
-                    assert all(v.dtype == torch.float64 and v.isfinite().all() for v in routers.signals().values())
+                    assert all(
+                        v.dtype == torch.float64 and v.isfinite().all()
+                        for v in routers.signals().values()
+                    )
                 if stage == "attached":
                     routers.inference, routers.num_samples = ways[0]
-                    fixed = {"prior_grid": (1.0,)} if method == "laplace" else {}  # the best of several is a flat choice
-                    history = routers.fit(TRAIN, TEST, epochs=1, lr=1e-2, **fixed, **QUIET).fitted["history"]
+                    fixed = (
+                        {"prior_grid": (1.0,)} if method == "laplace" else {}
+                    )  # the best of several is a flat choice
+                    history = routers.fit(TRAIN, TEST, epochs=1, lr=1e-2, **fixed, **QUIET).fitted[
+                        "history"
+                    ]
                     assert all(torch.tensor([row["val_nll"]]).isfinite() for row in history)
             assert all(t.isfinite().all() for t in routers.families.state_dict().values())
             if d == dtype:
@@ -139,7 +180,9 @@ def test_routers(method, dtype, tmp_path):
         assert abs(answers(routers) - said[dtype, "fitted", *ways[-1]]).max() == 0
     for key, mine in said.items():
         _, stage, _, number = key
-        if method == "laplace" and stage == "fitted" and number:  # eigenvectors are known up to their sign: other draws, and few
+        if (
+            method == "laplace" and stage == "fitted" and number
+        ):  # eigenvectors are known up to their sign: other draws, and few
             continue
         assert near(mine, said[torch.float32, *key[1:]], dtype), key
 
@@ -150,12 +193,20 @@ def test_both_posteriors(link, dtype):
     @cache
     def make(d):
         la = bm.ExpertLaplace(model_in(d)).fit(TRAIN, **QUIET)
-        return JointPosterior(la, bm.attach_routers(model_in(d), "laplace", inference="whole-model", num_samples=3))
+        return JointPosterior(
+            la, bm.attach_routers(model_in(d), "laplace", inference="whole-model", num_samples=3)
+        )
+
     try:
         compare(lambda d: partial(make(d), link_approx=link), dtype)
         if link == "mc":
-            nll = [make(d).validation_nll(TEST, [1.0, 10.0], [1.0, 4.0], **QUIET) for d in (dtype, torch.float32)]
-            assert (nll[0] - nll[1]).abs().max() < OWN[dtype] / 0.2  # no answer's probability is below .2 / 2 here
+            nll = [
+                make(d).validation_nll(TEST, [1.0, 10.0], [1.0, 4.0], **QUIET)
+                for d in (dtype, torch.float32)
+            ]
+            assert (nll[0] - nll[1]).abs().max() < OWN[
+                dtype
+            ] / 0.2  # no answer's probability is below .2 / 2 here
     finally:
         for d in (dtype, torch.float32):
             make(d).routers.detach()
@@ -165,11 +216,15 @@ def noisy(model):
     def predict(batch):
         with torch.no_grad(), perturbed(model, batch["attention_mask"], 0.1, "router"):
             return bm.option_logits(model, batch).softmax(-1)
+
     return predict
 
 
 def swag(model):
-    return WeightEnsemble(model, swag_states(fit_swag(model, TRAIN, epochs=2, lr=1e-3, rank=2, per_epoch=1, **QUIET), 3))
+    return WeightEnsemble(
+        model,
+        swag_states(fit_swag(model, TRAIN, epochs=2, lr=1e-3, rank=2, per_epoch=1, **QUIET), 3),
+    )
 
 
 def blob(model):
@@ -179,11 +234,22 @@ def blob(model):
 
 BASELINES = {
     "perturbed routers": (False, noisy),
-    "weight ensemble": (False, lambda m: WeightEnsemble(m, [{k: v.detach().float() * s for k, v in m.named_parameters()} for s in (1, 0.9)])),
+    "weight ensemble": (
+        False,
+        lambda m: WeightEnsemble(
+            m, [{k: v.detach().float() * s for k, v in m.named_parameters()} for s in (1, 0.9)]
+        ),
+    ),
     "expert dropout": (False, lambda m: MCDropout(m, partial(expert_dropout, m, 0.1), 3)),
     "last layer, kron": (False, lambda m: LastLayerLaplace(m).fit(TRAIN, **QUIET)),
-    "last layer, diag": (False, lambda m: LastLayerLaplace(m, hessian_structure="diag").fit(TRAIN, **QUIET)),
-    "last layer, full": (False, lambda m: LastLayerLaplace(m, hessian_structure="full").fit(TRAIN, **QUIET)),
+    "last layer, diag": (
+        False,
+        lambda m: LastLayerLaplace(m, hessian_structure="diag").fit(TRAIN, **QUIET),
+    ),
+    "last layer, full": (
+        False,
+        lambda m: LastLayerLaplace(m, hessian_structure="full").fit(TRAIN, **QUIET),
+    ),
     "swag of all weights": (False, swag),
     "lora dropout": (True, lambda m: MCDropout(m, partial(lora_dropout, m), 3)),
     "lora laplace": (True, lambda m: LoraLaplace(m).fit(TRAIN, **QUIET)),
@@ -201,37 +267,53 @@ def test_baselines(name, dtype):
     gaussian = isinstance(mine, GaussianLogits)
     assert near(answers(mine), answers(reference), dtype, drawn=gaussian)
     if gaussian:
-        exact_in = [lambda batch, p=p: probit_probabilities(*p.predictive_logits(batch)) for p in (mine, reference)]
+        exact_in = [
+            lambda batch, p=p: probit_probabilities(*p.predictive_logits(batch))
+            for p in (mine, reference)
+        ]
         assert near(*map(answers, exact_in), dtype)
 
 
 @pytest.mark.filterwarnings("ignore:.*reached the end of the range")
 @pytest.mark.parametrize("dtype", HALF)
 def test_tuning_and_the_references(dtype):
-    """The prior precision by validation NLL, the exact posterior, the prior's, and samples of the experts' weights."""
+    """The prior precision by validation NLL, the exact posterior, the prior's, and samples of the
+    experts' weights."""
     mine, reference = ({} for _ in range(2))
     for d, out in ((dtype, mine), (torch.float32, reference)):
         la = bm.ExpertLaplace(model_in(d)).fit(TRAIN, **QUIET)
         out["nll"] = la.validation_curve(TEST, link_approx="probit", **QUIET)[1]
-        assert out["nll"].isfinite().all() and (la.optimize_prior_precision("val_nll", val_loader=TEST, **QUIET) > 0).all()
+        assert (
+            out["nll"].isfinite().all()
+            and (la.optimize_prior_precision("val_nll", val_loader=TEST, **QUIET) > 0).all()
+        )
         la.prior_precision = 1.0
-        for name, said in (("exact", exact.joint_predictive(la, TRAIN, TEST, **QUIET)), ("prior", exact.prior_predictive(la, TEST, **QUIET))):
+        for name, said in (
+            ("exact", exact.joint_predictive(la, TRAIN, TEST, **QUIET)),
+            ("prior", exact.prior_predictive(la, TEST, **QUIET)),
+        ):
             said = list(said)
             assert all(x.dtype == torch.float32 for pair in said for x in pair)
             out[name] = torch.cat([cov for _, cov in said])
         la.prior_precision = 1e3
         out["samples"] = sampled_logits(la, TEST, 2, **QUIET).softmax(-1)
-    for name in ("nll", "exact", "prior"):  # .05: ten times bf16's rounding, as in test_precision.py
+    for name in (
+        "nll",
+        "exact",
+        "prior",
+    ):  # .05: ten times bf16's rounding, as in test_precision.py
         assert (mine[name] - reference[name]).norm() < 5 * OWN[dtype] * reference[name].norm(), name
     assert mine["samples"].dtype == torch.float64
-    assert all(near(a.numpy(), b.numpy(), dtype) for a, b in zip(mine["samples"], reference["samples"], strict=True))
-
-
+    assert all(
+        near(a.numpy(), b.numpy(), dtype)
+        for a, b in zip(mine["samples"], reference["samples"], strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_weights_move_by_less_than_their_own_rounding(dtype):
-    """SWAG at a rate whose steps a half-precision weight cannot take: the moments are those of the float32 model's trajectory."""
+    """SWAG at a rate whose steps a half-precision weight cannot take: the moments are those of the
+    float32 model's trajectory."""
     model = model_in(dtype)
     moments = fit_swag(model, TRAIN, epochs=4, lr=1e-5, rank=2, per_epoch=1, **QUIET)
     for name, weight in adapted_weights(model).items():
@@ -242,7 +324,9 @@ def test_weights_move_by_less_than_their_own_rounding(dtype):
 
 
 def test_masters_of_float32_weights_are_the_weights_and_of_half_ones_float32():
-    narrow, wide = (torch.nn.Parameter(torch.ones(3, dtype=d)) for d in (torch.float16, torch.float32))
+    narrow, wide = (
+        torch.nn.Parameter(torch.ones(3, dtype=d)) for d in (torch.float16, torch.float32)
+    )
     masters = Masters({"narrow": narrow, "wide": wide})
     assert masters["wide"] is wide and masters["narrow"].dtype == torch.float32
     (narrow.sum() + wide.sum()).backward()
@@ -256,7 +340,17 @@ def test_masters_of_float32_weights_are_the_weights_and_of_half_ones_float32():
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_kernels_of_all_weights(dtype):
-    mine, reference = (block_kernels(model_in(d), TRAIN[:1], TEST[:1], **QUIET) for d in (dtype, torch.float32))
+    mine, reference = (
+        block_kernels(model_in(d), TRAIN[:1], TEST[:1], **QUIET) for d in (dtype, torch.float32)
+    )
     for name, kernel in reference.fit.items():  # squares of gradients: twice their rounding
         assert mine.fit[name].dtype == torch.float64
         assert (mine.fit[name] - kernel).norm() < 10 * OWN[dtype] * kernel.norm(), name
+
+
+def test_a_predictor_of_ones_own_that_takes_its_softmax_in_half_precision_is_told():
+    def predictor(batch):
+        return bm.option_logits(model_in(torch.bfloat16), batch).detach().bfloat16().softmax(-1)
+
+    with pytest.raises(ValueError, match=r"bfloat16, whose rows do not sum to 1: take the softmax"):
+        bm.predict(predictor, TEST, **QUIET)

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -104,7 +105,8 @@ for dtype in (torch.float32, torch.float64):
     for n in range(1, 40):
         logits = 3 * torch.randn(n, 5, dtype=dtype, generator=generator)
         samples = logits.expand(7, n, 5).contiguous()
-        permuted = samples.permute(2, 0, 1).contiguous().permute(1, 2, 0)  # as a product of other axes leaves them
+        # as a product over other axes leaves them in memory
+        permuted = samples.permute(2, 0, 1).contiguous().permute(1, 2, 0)
         inexact += int((samples.sigmoid() != logits.sigmoid()).any())
         for link in ("softmax", "sigmoid"):
             if any((sampled_shift(logits, x, link) != 0).any() for x in (samples, permuted)):
@@ -115,14 +117,16 @@ sys.exit(f"{len(wrong)} of 156 shifts are not 0.0, {wrong[:2]}" if wrong else 0)
 
 
 def test_without_noise_the_sampled_shift_is_zero_at_every_vector_width_of_this_processor(root):
-    """All sizes of the remainder after the last whole vector, of AVX-512's 16 numbers and below; a process each, side by side, since
-    the kernels are chosen as torch starts. What does differ between the shapes, the sigmoid itself, shows that the sizes do."""
+    """All sizes of the remainder after the last whole vector, of AVX-512's 16 numbers and below; a
+    process each, side by side, since the kernels are chosen as torch starts. That the sigmoid
+    itself does differ between the shapes shows that these sizes could go wrong."""
     widest = torch.backends.cpu.get_cpu_capability().lower()
     widths = ["default", "avx2", "avx512"]
     widths = widths[: widths.index(widest) + 1] if widest in widths else ["default"]
-    environment = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"} | {"PYTHONPATH": str(root)}
-    runs = {w: subprocess.Popen([sys.executable, "-c", WIDTHS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                env=environment | {"ATEN_CPU_CAPABILITY": w}) for w in widths}
+    own = os.environ | {"PYTHONPATH": str(root)}
+    start = partial(subprocess.Popen, [sys.executable, "-c", WIDTHS], stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE, text=True)
+    runs = {w: start(env=own | {"ATEN_CPU_CAPABILITY": w}) for w in widths}
     for width, run in runs.items():
         out, error = run.communicate(timeout=120)
         assert run.returncode == 0, f"{width}: {error}"
@@ -134,7 +138,8 @@ def test_a_sampled_shift_of_sigmoids_keeps_its_digits_far_out():
     logits = torch.tensor([[-80.0, -60, -30, -8, 0, 8, 30, 60, 80]])
     samples = logits + 3 * torch.randn(35, 1, 9, generator=torch.Generator().manual_seed(0))
     samples = samples.double()
-    up = (samples.exp() / (1 + samples.exp())).mean(0).log() - (1 / (1 + samples.exp())).mean(0).log()  # log odds of the mean
+    yes, no = (1 / (1 + (sign * samples).exp()) for sign in (-1, 1))
+    up = yes.mean(0).log() - no.mean(0).log()  # log odds of the mean
     got = routing.sampled_shift(logits, samples.float(), "sigmoid")
     torch.testing.assert_close(got.double(), up - logits.double(), rtol=1e-5, atol=1e-5)
 
