@@ -10,10 +10,11 @@ import json, logging, os, re, sys, threading, time, uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from bmoe_utils import site
-from bmoe_utils.artefacts import PACKAGE, atomic_write, fingerprint, peak_memory_mb, project_root
-from bmoe_utils.engine import spread
+from bmoe_utils.artefacts import atomic_write, fingerprint, peak_memory_mb, project_root
+from bmoe_utils.engine import UsageError, package_path, spread
 
 PARAMETERS = ("profile", "task", "model", "overrides")         # what every notebook's `parameters` cell declares
 HEARTBEAT_S = 30
@@ -21,10 +22,6 @@ HEARTBEAT_S = 30
 # do before these are there, then the long ones, each beside others that rest on other artefacts. Short ones fill what is left.
 EARLY = ("01", "13", "08", "02", "11", "07", "06", "03", "04", "09", "12")
 KERNEL_STARTS = 3                                      # tries, where a kernel dies before it has run anything
-
-
-class UsageError(Exception):
-    """A request that names something unknown; the command line exits with 2."""
 
 
 def profiles() -> dict[str, dict]:
@@ -41,9 +38,16 @@ class Chapter:
     title: str
     claim: str
 
+    def __post_init__(self):
+        object.__setattr__(self, "path", Path(self.path))
+
     @property
     def number(self) -> str:
         return self.path.name[:2]
+
+    def described(self) -> dict:
+        """As JSON values, of which `Chapter(**values)` makes it again in another process."""
+        return {"path": str(self.path), "title": self.title, "claim": self.claim}
 
 
 def chapters(folder: Path | None = None) -> list[Chapter]:
@@ -131,7 +135,7 @@ class Plan:
     overrides: dict
     folder: Path
     figures: Path
-    fresh: bool = False
+    fresh: str | None = None                          # the id of a run that computes everything anew
 
     @classmethod
     def make(cls, profile: str, task: str | None = None, model: str | None = None, overrides: dict | None = None,
@@ -141,13 +145,16 @@ class Plan:
         name = "-".join(parts + (["set" + fingerprint(overrides)[:6]] if overrides else []))
         folder = Path(out).expanduser().resolve() if out else project_root() / "data" / "runs" / name
         committed = name == "cpu" and not out
-        return cls(profile, task, model, overrides, folder, project_root() / "figures" if committed else folder / "figures", fresh)
+        return cls(profile, task, model, overrides, folder, project_root() / "figures" if committed else folder / "figures",
+                   f"{int(time.time())}-{uuid.uuid4().hex[:6]}" if fresh else None)
 
     def __post_init__(self):
-        path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.folder, self.figures = Path(self.folder), Path(self.figures)
         self.environment = dict(                      # of the kernels
-            BMOE_ROOT=str(project_root()), BMOE_FIGURES=str(self.figures), BMOE_BATCH="1", PYTHONPATH=path,   # this package, installed or not
-            BMOE_FRESH=f"{int(time.time())}-{uuid.uuid4().hex[:6]}" if self.fresh else None,
+            BMOE_ROOT=str(project_root()), BMOE_FIGURES=str(self.figures), BMOE_BATCH="1", PYTHONPATH=package_path(),
+            BMOE_FRESH=self.fresh,
+            # sets of text in the same order in every run: the number that the committed figures were made with
+            PYTHONHASHSEED=os.environ.get("PYTHONHASHSEED", "6640"),
             JUPYTER_PREFER_ENV_PATH="1",              # `python3` is this environment's kernel, not one in the home folder
             PYDEVD_DISABLE_FILE_VALIDATION="1", TOKENIZERS_PARALLELISM=os.environ.get("TOKENIZERS_PARALLELISM", "false"))
 
@@ -159,6 +166,10 @@ class Plan:
 
     def parameters(self) -> dict:
         return {name: getattr(self, name) for name in PARAMETERS}
+
+    def described(self) -> dict:
+        """As JSON values, of which `Plan(**values)` makes it again in another process."""
+        return {**self.parameters(), "folder": str(self.folder), "figures": str(self.figures), "fresh": self.fresh}
 
 
 # ---------------------------------------------------------------------------------------------- running
@@ -204,6 +215,19 @@ def say(text: str):
     print(text, flush=True)
 
 
+@contextmanager
+def _private_kernel():
+    """Configuration of a kernel that is spoken to through sockets in a folder of this user's alone, where the system has such;
+    else, and by Jupyter's default, through ports on which every user may knock, though without the key of its messages."""
+    from traitlets.config import Config
+    with TemporaryDirectory(prefix="bmoe-", ignore_cleanup_errors=True) as folder:
+        config = Config()
+        config.KernelManager.connection_file = os.path.join(folder, "kernel.json")
+        if os.name == "posix" and len(os.fsencode(folder)) < 80:     # a socket's path has room for some hundred bytes
+            config.KernelManager.transport = "ipc"
+        yield config
+
+
 def _execute(chapter: Chapter, executed: Path, parameters: dict, progress: _Progress, bar: bool):
     """papermill, which tells `progress` the cell it is in; the kernel's own messages go to a log beside the executed copy."""
     import papermill
@@ -220,8 +244,9 @@ def _execute(chapter: Chapter, executed: Path, parameters: dict, progress: _Prog
                 progress.cell += any(cell is own for own in ours)
                 started(cell, *args, **options)
             nb_man.cell_start = cell_start
-            client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, timeout=None, stdout_file=progress, stderr_file=progress)
-            with executed.with_suffix(".log").open("w") as stream:
+            with _private_kernel() as config, executed.with_suffix(".log").open("w") as stream:
+                client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, timeout=None, config=config,
+                                                 stdout_file=progress, stderr_file=progress)
                 client.execute(stderr=stream)
 
     papermill_engines.register("bmoe", Told)
@@ -230,7 +255,7 @@ def _execute(chapter: Chapter, executed: Path, parameters: dict, progress: _Prog
             papermill.execute_notebook(chapter.path, executed, parameters=parameters, engine_name="bmoe", kernel_name="python3",
                                        cwd=chapter.path.parent, progress_bar=bar)
             return
-        except RuntimeError as error:                 # two kernels that start together may be given the same free port
+        except RuntimeError as error:                 # where kernels have ports, two that start together may be given the same
             if not left or "before replying to kernel_info" not in str(error):
                 raise
 
@@ -304,6 +329,11 @@ def run_chapter(plan: Plan, chapter: Chapter, label: str, *, html: bool = True, 
     return _row(chapter, status, seconds=round(seconds, 1), peak_memory_mb=peak_memory_mb(children=True), figures=drawn, error=error_said)
 
 
+def run_described(plan: dict, chapter: dict, label: str, html: bool) -> dict:
+    """:func:`run_chapter` of a plan and a chapter as :meth:`Plan.described` and :meth:`Chapter.described` give them."""
+    return run_chapter(Plan(**plan), Chapter(**chapter), label, html=html)
+
+
 def _row(chapter: Chapter, status: str, **known) -> dict:
     return {"chapter": chapter.path.stem, "status": status, "seconds": None, "peak_memory_mb": None, "figures": [], "error": None} | known
 
@@ -335,7 +365,8 @@ def _side_by_side(plan: Plan, chosen: list[Chapter], labels: list[str], *, html:
     rows: dict[int, dict] = {}
     order = order_of(chosen)
     try:
-        with spread(run_chapter, [(plan, chosen[i], labels[i]) for i in order], jobs=jobs, html=html) as results:
+        calls = [(plan.described(), chosen[i].described(), labels[i]) for i in order]
+        with spread(run_described, calls, jobs=jobs, html=html) as results:
             for begun, result in results:
                 position = order[begun]
                 if isinstance(result, Exception):     # not the chapter's own error, which is in its row: its worker's

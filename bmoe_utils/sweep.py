@@ -50,6 +50,11 @@ def run_cell(plan: runner.Plan, chosen: Sequence[runner.Chapter], key: str, *, h
     return status
 
 
+def run_described(plan: dict, chosen: list[dict], key: str, html: bool) -> int:
+    """:func:`run_cell` of a plan and chapters as their ``described()`` gives them."""
+    return run_cell(runner.Plan(**plan), [runner.Chapter(**chapter) for chapter in chosen], key, html=html)
+
+
 def scores(plans: Sequence[runner.Plan]) -> list[dict]:
     """The scores of every method in every finished cell: a row for each chapter that keeps them (``NN_numbers.json``), method and seed,
     beside the cell's task, model and settings."""
@@ -78,7 +83,8 @@ def run(plans: Sequence[runner.Plan], chosen: Sequence[runner.Chapter], *, jobs:
     status = 0
     try:
         if left:
-            with spread(run_cell, [(plans[i], chosen, keys[i]) for i in left], jobs=min(jobs, len(left)), scheduler=scheduler, html=html) as results:
+            calls = [(plans[i].described(), [chapter.described() for chapter in chosen], keys[i]) for i in left]
+            with spread(run_described, calls, jobs=min(jobs, len(left)), scheduler=scheduler, html=html) as results:
                 for position, result in results:
                     i = left[position]
                     said[i] = {0: "ok", 1: "FAILED"}.get(result, f"FAILED, {result}")

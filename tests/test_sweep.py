@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import tiny_calls
 from tiny_notebooks import DRAW, PROFILES, notebook
 
 from bmoe_utils import engine, runner, sweep
@@ -86,20 +88,60 @@ def test_calls_begin_in_order_and_none_waits_at_a_busy_worker():
         assert [index for index, _ in results] == [1, 2, 3, 4, 5, 6, 0]
 
 
-def _die():
-    os._exit(1)
+@pytest.fixture
+def here(monkeypatch):
+    """A process finds the functions of tiny_calls as it would those of an installed module."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
 
-def test_a_dead_worker_is_told_and_not_tried_again():
-    with engine.spread(_die, [()], jobs=1) as results:
-        ((index, result),) = results
-    assert index == 0 and isinstance(result, Exception)
+def test_a_dead_process_is_told_and_the_others_go_on(here):
+    with engine.spread(tiny_calls.die, [(0,), (9,), (0,)], jobs=2) as results:
+        said = dict(results)
+    assert said[0] == said[2] == "alive" and "died with status -9 (killed, as for want of memory)" in str(said[1])
+
+
+def test_what_a_call_raises_is_its_result():
+    with engine.spread(json.loads, [("[1]",), ("[",)], jobs=1) as results:
+        said = dict(results)
+    assert said[0] == [1] and str(said[1]).startswith("JSONDecodeError: Expecting value")
+    with pytest.raises(ValueError, match="only a function of a module"), engine.spread(lambda: 0, [()], jobs=1):
+        pass
+
+
+def test_a_run_side_by_side_opens_no_port(project):
+    """Kernels are spoken to through sockets of this user's alone as well. What listens is each kernel's own pipe for what the
+    processes that it forks print: it takes text, never code."""
+    psutil = pytest.importorskip("psutil")             # of jupyter's dependencies
+    notebook(project, "01_one", MEET.format(me=1, other=2), "time.sleep(0.5)")
+    notebook(project, "02_two", MEET.format(me=2, other=1), "time.sleep(0.5)")
+    seen: dict[str, set] = {}
+    ended = threading.Event()
+
+    def watch():
+        own = psutil.Process()
+        while not ended.wait(0.05):
+            for process in [own, *own.children(recursive=True)]:
+                try:
+                    name = "kernel" if any("ipykernel" in part for part in process.cmdline()) else "ours"
+                    seen.setdefault(name, set()).update(
+                        (process.pid, c.laddr.port) for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+                except psutil.Error:
+                    pass                               # it has just ended
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        assert reproduce("--jobs", "2") == 0
+    finally:
+        ended.set()
+        watching.join()
+    assert not seen["ours"], seen
+    assert all(len([1 for pid, _ in seen["kernel"] if pid == one]) == 1 for one, _ in seen["kernel"]), seen
 
 
 def test_workers_keep_the_memory_they_have(monkeypatch):
     """dask would have glibc give back that of every larger tensor at once: many page faults, and half the speed."""
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
-    with engine.spread(os.environ.get, [("MALLOC_TRIM_THRESHOLD_",), ("OMP_NUM_THREADS",)], jobs=2) as results:
+    with engine.spread(os.getenv, [("MALLOC_TRIM_THRESHOLD_",), ("OMP_NUM_THREADS",)], jobs=2) as results:
         assert dict(results) == {0: None, 1: str(max(1, engine.cores() // 2))}
 
 
@@ -124,6 +166,21 @@ def test_interrupt_ends_the_kernels_too(project, root):
     while alive(kernel) and time.monotonic() < limit:
         time.sleep(0.1)
     assert not alive(kernel)
+
+
+def test_a_script_without_a_main_guard_runs_once(project, root):
+    """It is not imported by the processes that it begins, so that it cannot begin itself again."""
+    notebook(project, "01_one", MEET.format(me=1, other=2))
+    notebook(project, "02_two", MEET.format(me=2, other=1))
+    (project / "script.py").write_text(
+        "from bmoe_utils import runner\n"
+        "with open('begun', 'a') as log:\n    log.write('x')\n"
+        "status = runner.run(runner.Plan.make('smoke'), runner.chapters(), html=False, jobs=2)\n"
+        "print('status', status)\n")
+    said = subprocess.run([sys.executable, "script.py"], cwd=project, capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"PYTHONPATH": str(root)})
+    assert said.stdout.splitlines()[-1] == "status 0" and "Traceback" not in said.stderr, said.stdout + said.stderr
+    assert (project / "begun").read_text() == "x" and set(rows(project).values()) == {"ok"}
 
 
 def alive(pid: int) -> bool:
@@ -194,12 +251,7 @@ def test_workers_for_what_is_there(monkeypatch):
     assert engine.workers_for(False) == 3 and engine.gpus() == ["2", "5", "7"]
 
 
-def test_local_workers_share_the_gpus_out(monkeypatch):
+def test_local_workers_share_the_gpus_out(monkeypatch, here):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    with engine.spread(_card, [(0.5,)] * 2, jobs=2) as results:
+    with engine.spread(tiny_calls.card, [(0.5,)] * 2, jobs=2) as results:
         assert sorted(card for _, card in results) == ["2", "5"]
-
-
-def _card(seconds: float) -> str:
-    time.sleep(seconds)
-    return os.environ["CUDA_VISIBLE_DEVICES"]
