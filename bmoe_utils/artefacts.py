@@ -13,6 +13,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .tables import csv_text
+
 PACKAGE = Path(__file__).resolve().parent
 _PROCESS_RUN = uuid.uuid4().hex[:12]                  # stands in for the run id when BMOE_FRESH is just "1"
 
@@ -272,7 +274,7 @@ def save_result(chapter: str, name: str, numbers) -> Path:
     if hasattr(numbers, "to_csv"):
         plain = all(index is None for index in numbers.index.names)          # an unnamed index carries nothing
         atomic_write(_target(chapter, name, ".tex"), latex(numbers, index=not plain))
-        return atomic_write(_target(chapter, name, ".csv"), numbers.to_csv(index=not plain, float_format="%.6g", lineterminator="\n"))
+        return atomic_write(_target(chapter, name, ".csv"), csv_text(numbers, index=not plain))
     return atomic_write(_target(chapter, name, ".json"), json.dumps(_plain(numbers), indent=1, ensure_ascii=False) + "\n")
 
 

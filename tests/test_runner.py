@@ -29,8 +29,8 @@ def reproduce(*options):
     (["--profile", "cpu", "-p", "epochs"], "write key=value"),
     (["--profile", "cpu", "-p", "epochs=three"], "profile cpu has 9 there"),
     (["--profile", "cpu", "--only", "07"], "unknown chapter '07'; there are: 01_one"),
-    (["--profile", "cpu", "--task", "./nowhere"], "--task ./nowhere: no such file or folder"),
-    (["--profile", "cpu", "--model", "/nowhere/model"], "--model /nowhere/model: no such file or folder"),
+    (["--profile", "cpu", "--task", "./nowhere"], "--task './nowhere': no such file or folder"),
+    (["--profile", "cpu", "--model", "/nowhere/model"], "--model '/nowhere/model': no such file or folder"),
 ])
 def test_unknown_names_list_the_valid_ones(project, capsys, options, says):
     notebook(project, "01_one")
@@ -64,7 +64,7 @@ def test_the_command_line_answers_without_torch(root, request_):
 
 
 def test_values_are_json_or_text(monkeypatch):
-    monkeypatch.setattr(runner, "profiles", lambda: {"cpu": {"a": 1, "b": [1], "c": "x", "d": None}})
+    monkeypatch.setattr(runner, "profiles", lambda: {"cpu": {"a": 1.0, "b": [1], "c": "x", "d": None}})
     given = ["a=2.5", "b=[1,2]", "c=kron", "d=a=b"]
     assert runner.overrides_of("cpu", given) == {"a": 2.5, "b": [1, 2], "c": "kron", "d": "a=b"}
 
