@@ -180,8 +180,10 @@ def _place(value: str | None, what: str) -> str | None:
     """A path made absolute, since notebooks run in their own folder; a plain name as it is."""
     if value is None or value == "world":
         return value
-    if not value.strip() or not _writable(value):
-        raise UsageError(f"--{what} {shown(value)}: no name; for a path beyond ASCII the locale must be a UTF-8 one (LC_ALL=C.UTF-8)")
+    if not value.strip():
+        raise UsageError(f"--{what}: give a name or a path")
+    if not _writable(value):
+        raise UsageError(f"--{what} {shown(value)}: no Unicode text; a path beyond ASCII needs a UTF-8 locale (LC_ALL=C.UTF-8)")
     path = located(value, what)
     if path.exists():
         return str(path)
@@ -271,7 +273,8 @@ def _same(a: Path, b: Path) -> bool:
         return False
 
 
-def _refuse_sources(folder: Path, what: str):
+def refuse_sources(folder: Path, what: str):
+    """A :class:`UsageError` where ``folder`` holds the study, or is or lies in a place of its own files."""
     root, package = project_root().resolve(), PACKAGE.resolve()
     above = [folder, *folder.parents]
 
@@ -294,9 +297,9 @@ def check_places(plan: Plan):
     folder = located(plan.folder, "out")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file: choose a folder")
-    _refuse_sources(folder, "--out")
+    refuse_sources(folder, "--out")
     if not _same(plan.figures, project_root() / "figures") or plan.parameters() != Plan.make("cpu").parameters():
-        _refuse_sources(located(plan.figures, "out"), "--out: figures would go through a link to")
+        refuse_sources(located(plan.figures, "out"), "--out: its figures' folder")
     if before := summary_of(plan):
         was, now = ({name: said[name] for name in PARAMETERS} for said in (before, json.loads(json.dumps(plan.parameters()))))
         if was != now:
@@ -306,7 +309,7 @@ def check_places(plan: Plan):
         # a run that could write nothing has left these two
         left = [one for one in folder.glob("*") if one.name != ".lock" and not (one.name == "figures" and one.is_dir() and not any(one.iterdir()))]
         if left:
-            raise UsageError(f"--out {folder} holds files that are no run's ({left[0].name}): choose a new folder, or an empty one")
+            raise UsageError(f"--out {folder} holds files that are no run's ({min(one.name for one in left)}): choose a new folder, or an empty one")
 
 
 # ---------------------------------------------------------------------------------------------- running

@@ -87,6 +87,7 @@ def scores(plans: Sequence[runner.Plan]) -> list[dict]:
 
 def check_places(plans: Sequence[runner.Plan], folder: Path):
     """A :class:`runner.UsageError` where a cell, or the table beside the cells, would take the place of something else."""
+    runner.refuse_sources(runner.located(folder, "out"), "--out")
     for plan in plans:
         runner.check_places(plan)
     try:
