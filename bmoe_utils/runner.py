@@ -537,10 +537,15 @@ def run(plan: Plan, chosen: list[Chapter], *, html: bool = True, keep_going: boo
     write where the plan says, an ``OSError`` that it cannot.
     """
     check_places(plan)
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    plan.figures.mkdir(parents=True, exist_ok=True)
-    with _alone(plan.folder):
-        return _run(plan, chosen, html=html, keep_going=keep_going, jobs=jobs, name=name)
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        plan.figures.mkdir(parents=True, exist_ok=True)
+        with _alone(plan.folder):
+            return _run(plan, chosen, html=html, keep_going=keep_going, jobs=jobs, name=name)
+    except OSError as error:
+        if error.filename or not error.errno:
+            raise
+        raise OSError(error.errno, error.strerror, str(plan.folder)) from error      # of a full disk Python does not say which
 
 
 @contextmanager

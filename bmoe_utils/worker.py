@@ -41,7 +41,11 @@ def main() -> int:
         return 130
     except Exception as error:                         # the caller's to judge
         said = {"error": f"{type(error).__name__}: {error}"}
-    atomic_write(job["answer"], json.dumps(said))
+    try:
+        atomic_write(job["answer"], json.dumps(said))
+    except OSError as error:                           # no room for temporary files
+        print(f"error: {job['answer']}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
