@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from tiny_notebooks import DRAW, PROFILES, notebook
 
-from bmoe_utils import runner
+from bmoe_utils import runner, sweep
 from bmoe_utils.__main__ import main
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ DEEP, LONG = "[" * 100_000, "9" * 5000
 def test_what_cannot_be_meant_is_said_in_one_line(project, capsys, monkeypatch, options, says):
     monkeypatch.setattr(runner, "profiles", lambda: {"cpu": PROFILES["cpu"] | {"name": "x", "parts": {"a": 1}}})
     notebook(project, "01_one")
-    assert reproduce("--profile", "cpu", *options) == 2
+    assert reproduce("--profile", "cpu", "--dry-run", *options) == 2
     said = capsys.readouterr().err
     assert says in said and said.startswith("error: ") and said.count("\n") == 1 and len(said) < 400 and not (project / "data").exists()
 
@@ -147,14 +147,26 @@ def used(project):
     ("mine", "holds files that are no run's (01_one.ipynb)"), ("pictures", "holds files that are no run's (figures)"),
     ("file", "is a file"), ("", "name a folder"), ("x" * 300, "name too long"), ("~nobody_here", "home directory"),
 ])
-def test_a_run_takes_the_place_of_nothing(project, used, capsys, monkeypatch, out, says):
+def test_places_that_a_run_must_not_take(project, used, capsys, monkeypatch, out, says):
+    """Asked without running: were a refusal missing, the test itself would write there."""
+    monkeypatch.chdir(project)
+    assert reproduce("--profile", "smoke", "--dry-run", "--out", out) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1
+    if says.startswith(("holds the study", "place")) and out != "linked":
+        with pytest.raises(runner.UsageError, match=says):
+            sweep.check_places([], Path(out))
+
+
+@pytest.mark.parametrize("out", ["notebooks", ".", "figures", "mine", "linked"])
+@pytest.mark.parametrize("command", [["reproduce", "--jobs", "1"], ["sweep", "--jobs", "1"]])
+def test_a_run_takes_the_place_of_nothing(project, used, monkeypatch, out, command):
+    if command[0] == "sweep" and out == "linked":
+        pytest.skip("its cells are folders of their own")
     monkeypatch.chdir(project)
     before = used()
-    assert reproduce("--profile", "smoke", "--out", out) == 2
-    said = capsys.readouterr().err
-    assert says in said and said.count("\n") == 1 and used() == before
-    if out not in ("pictures", "linked", "file"):     # where a sweep would write to a folder, or a table, of its own
-        assert main(["sweep", "--profile", "smoke", "--out", out]) == 2 and used() == before
+    assert main([*command, "--profile", "smoke", "--no-html", "--out", out]) == 2
+    assert used() == before
 
 
 def test_case_does_not_make_another_place(project, used, monkeypatch):
