@@ -306,3 +306,10 @@ def test_messages_in_any_language_and_locale(project, root):
     assert [one.returncode for one in said] == [1, 2], said
     assert b"ValueError: \\u043d\\u0435\\u0442 \\u2192 \\u4e0d" in said[0].stdout and b"Traceback" not in said[0].stderr
     assert b"error: unknown chapter" in said[1].stderr and b"Traceback" not in said[1].stderr
+
+
+def test_a_reader_who_has_seen_enough(root):
+    """As `... | head` is when its lines are full; here it is gone before the first."""
+    said = subprocess.run(f"set -o pipefail; {sys.executable} -m bmoe_utils profiles | true", shell=True, executable="/bin/bash", cwd=root,
+                          capture_output=True, text=True)
+    assert (said.returncode, said.stderr) == (1, "")

@@ -113,6 +113,27 @@ def test_a_measured_rate_is_that_of_a_token_and_pass(tmp_path):
     (tmp_path / "gpu.json").write_text(json.dumps({"models": {name: row}}))
     assert matrix.measured_rates(tmp_path / "gpu.json") == {"Qwen/Qwen1.5-MoE-A2.7B": pytest.approx(2.0 / (tokens * passes))}
     assert matrix.measured_rates(tmp_path / "none.json") == {}
+    for damaged in ("[]", "{}", '{"models": 1}', '{"models": {"%s": {}}}' % name, '{"models": {"%s": 3}}' % name, "{"):
+        (tmp_path / "bad.json").write_text(damaged)
+        assert matrix.measured_rates(tmp_path / "bad.json") == {}
+
+
+def test_a_plan_without_a_number_of_questions_has_no_cost(project, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "profiles", lambda: REAL)
+    notebook(project, "11_all")
+    assert main(["reproduce", "--profile", "paper", "--dry-run", "-p", "train_size=null"]) == 2
+    assert "give -p train_size=N" in capsys.readouterr().err
+    assert main(["reproduce", "--profile", "paper", "--dry-run", "-p", "router_batch=0"]) == 0
+
+
+def test_a_damaged_file_of_reports_costs_no_run(project, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "profiles", lambda: PROFILES)
+    monkeypatch.setattr(runner, "_execute", lambda *_: None)
+    (project / "data").mkdir()
+    (project / "data" / "reported.json").write_text("{")
+    notebook(project, "01_one")
+    assert main(["reproduce", "--profile", "smoke", "--jobs", "1"]) == 0
+    assert "no index page, JSONDecodeError" in capsys.readouterr().out
 
 
 def test_reported_beside_what_was_run(project, root):
