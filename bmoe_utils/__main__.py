@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import argparse, json, os, re, sys
 
-from bmoe_utils import engine, matrix, runner, sweep
+from bmoe_utils import engine, matrix, places, runner, sweep
 from bmoe_utils.worker import speak_any_language
 
 EXAMPLES = """examples:
@@ -28,13 +28,13 @@ Given again, the same command runs what is not finished. Artefacts are shared: a
 
 def _jobs(text: str) -> int:
     if not re.fullmatch("[0-9]{1,6}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{runner.shown(text)} is not a number of processes, 1 or more")
+        raise argparse.ArgumentTypeError(f"{places.shown(text)} is not a number of processes, 1 or more")
     return int(text)
 
 
 def _seed(text: str) -> int:
     if not re.fullmatch("[0-9]{1,10}", text):
-        raise argparse.ArgumentTypeError(f"{runner.shown(text)} is not a seed, an integer from 0")
+        raise argparse.ArgumentTypeError(f"{places.shown(text)} is not a seed, an integer from 0")
     return int(text)
 
 
@@ -106,7 +106,7 @@ def _sweep(options) -> int:
         key, _, text = pair.partition("=")
         values = runner.value_of(text)
         if not isinstance(values, list) or not values:
-            raise runner.UsageError(f"--vary {runner.shown(pair)}: write key=[value,value], a JSON list")
+            raise runner.UsageError(f"--vary {places.shown(pair)}: write key=[value,value], a JSON list")
         if key in vary:
             raise runner.UsageError(f"--vary {key}: varied twice")
         for value in values:
@@ -121,7 +121,7 @@ def _sweep(options) -> int:
         raise runner.UsageError(f"{', '.join(sorted(both))}: given by -p and varied as well")
     if options.out is not None and not options.out.strip():
         raise runner.UsageError("--out: name a folder")
-    folder = runner.located(options.out, "out") if options.out else runner.project_root() / "data" / "runs" / "sweep"
+    folder = places.located(options.out, "out") if options.out else runner.project_root() / "data" / "runs" / "sweep"
     plans = sweep.cells(options.profile, options.task, options.model, vary, overrides, folder)
     chosen = runner.select(runner.chapters(), options.only)
     return sweep.run(plans, chosen, jobs=options.jobs or engine.workers_for(all(plan.embedded for plan in plans)), scheduler=options.scheduler, html=options.html)

@@ -14,8 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bmoe_utils import site
-from bmoe_utils.artefacts import PACKAGE, atomic_write, fingerprint, peak_memory_mb, project_root
+from bmoe_utils.artefacts import atomic_write, fingerprint, peak_memory_mb, project_root
 from bmoe_utils.engine import UsageError, package_path, spread
+from bmoe_utils.places import alone, located, refuse_sources, same, short, shown
 
 PARAMETERS = ("profile", "task", "model", "overrides")         # what every notebook's `parameters` cell declares
 HEARTBEAT_S = 30
@@ -116,12 +117,6 @@ def overrides_of(profile: str, pairs: list[str], seeds: list[int] | None = None)
     return overrides
 
 
-def shown(value) -> str:
-    """A given value as an error message quotes it: on one line, and not the whole of a long one."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
-
-
 def value_of(text: str):
     """JSON where the text is JSON, else the text itself."""
     def refused(constant):
@@ -192,16 +187,6 @@ def _place(value: str | None, what: str) -> str | None:
     return value
 
 
-def located(value: str | Path, what: str) -> Path:
-    """A path as given, `~` and links followed; a UsageError where no file system could hold it."""
-    try:
-        path = Path(value).expanduser().resolve()
-        path.exists()
-        return path
-    except (OSError, RuntimeError, ValueError) as error:         # too long a name, no such user, links in a circle, a zero byte
-        raise UsageError(f"--{what} {shown(str(value))}: {getattr(error, 'strerror', None) or error}") from None
-
-
 def slug(value: str) -> str:
     """A name or path as part of a folder's name; of a long one its beginning and a fingerprint of the whole."""
     name = Path(value).stem if os.path.isfile(value) else Path(value).name
@@ -262,35 +247,6 @@ class Plan:
 
 
 # ---------------------------------------------------------------------------------------------- where a run may write
-SOURCES = ("notebooks", "bmoe_utils", "tests", "figures", ".git", ".ci")
-
-
-def _same(a: Path, b: Path) -> bool:
-    """One place, also by another name: a link, other letters' case where the file system does not tell them apart."""
-    try:
-        return a == b or a.samefile(b)
-    except OSError:                                   # one of them is not there
-        return False
-
-
-def refuse_sources(folder: Path, what: str):
-    """A :class:`UsageError` where ``folder`` holds the study, or is or lies in a place of its own files."""
-    root, package = project_root().resolve(), PACKAGE.resolve()
-    above = [folder, *folder.parents]
-
-    def inside(place: Path) -> bool:
-        return any(_same(place, one) for one in above)
-    for own in (root, package):
-        if any(_same(folder, one) for one in (own, *own.parents)):
-            raise UsageError(f"{what} {folder} holds the study itself: choose a folder for the run alone")
-    for own in (package, *(root / name for name in SOURCES)):
-        if inside(own):
-            raise UsageError(f"{what} {folder} is a place of the study's own files ({own}): choose a folder for the run alone")
-    runs = root / "data" / "runs"
-    if inside(root / "data") and (not inside(runs) or _same(folder, runs)):
-        raise UsageError(f"{what} {folder} is a place of the study's own data: choose {runs / 'NAME'}, or a folder elsewhere")
-
-
 def check_places(plan: Plan):
     """A :class:`UsageError` unless the plan's folder is one that a run may fill: not the study's own, holding nothing, or an
     earlier run of the same plan. Nothing is written."""
@@ -298,14 +254,14 @@ def check_places(plan: Plan):
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file: choose a folder")
     refuse_sources(folder, "--out")
-    if not _same(plan.figures, project_root() / "figures") or plan.parameters() != Plan.make("cpu").parameters():
+    if not same(plan.figures, project_root() / "figures") or plan.parameters() != Plan.make("cpu").parameters():
         refuse_sources(located(plan.figures, "out"), "--out: its figures' folder")
     if before := summary_of(plan):
         was, now = ({name: said[name] for name in PARAMETERS} for said in (before, json.loads(json.dumps(plan.parameters()))))
         if was != now:
             differ = ", ".join(f"{name} {shown(was[name])}" for name in PARAMETERS if was[name] != now[name])
             raise UsageError(f"{folder} holds another run ({differ}): choose another folder with --out, or remove that one")
-    elif not any(_same(one, project_root() / "data" / "runs") for one in folder.parents):
+    elif not any(same(one, project_root() / "data" / "runs") for one in folder.parents):
         # a run that could write nothing has left these two
         left = [one for one in folder.glob("*") if one.name != ".lock" and not (one.name == "figures" and one.is_dir() and not any(one.iterdir()))]
         if left:
@@ -355,17 +311,12 @@ def say(text: str):
     print(text, flush=True)
 
 
-@contextmanager
-def _private_kernel():
-    """Configuration of a kernel that is spoken to through sockets in a folder of this user's alone, where the system has such;
-    else, and by Jupyter's default, through ports on which every user may knock, though without the key of its messages."""
-    from traitlets.config import Config
-    with TemporaryDirectory(prefix="bmoe-", ignore_cleanup_errors=True) as folder:
-        config = Config()
-        config.KernelManager.connection_file = os.path.join(folder, "kernel.json")
-        if os.name == "posix" and len(os.fsencode(folder)) < 80:     # a socket's path has room for some hundred bytes
-            config.KernelManager.transport = "ipc"
-        yield config
+def _make_private(kernel, folder: str):
+    """Have a kernel's manager speak to it through sockets in ``folder``, which is this user's alone, where the system has such;
+    else, and by Jupyter's default, it has ports on which every user may knock, though without the key of its messages."""
+    kernel.connection_file = os.path.join(folder, "kernel.json")
+    if os.name == "posix" and len(os.fsencode(folder)) < 80:         # a socket's path has room for some hundred bytes
+        kernel.transport = "ipc"
 
 
 def _execute(chapter: Chapter, executed: Path, parameters: dict, progress: _Progress, bar: bool):
@@ -384,9 +335,10 @@ def _execute(chapter: Chapter, executed: Path, parameters: dict, progress: _Prog
                 progress.cell += any(cell is own for own in ours)
                 started(cell, *args, **options)
             nb_man.cell_start = cell_start
-            with _private_kernel() as config, executed.with_suffix(".log").open("w") as stream:
-                client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, timeout=None, config=config,
-                                                 stdout_file=progress, stderr_file=progress)
+            client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, timeout=None, stdout_file=progress, stderr_file=progress)
+            with (TemporaryDirectory(prefix="bmoe-", ignore_cleanup_errors=True) as folder,
+                  executed.with_suffix(".log").open("w") as stream):
+                _make_private(client.create_kernel_manager(), folder)
                 client.execute(stderr=stream)
 
     papermill_engines.register("bmoe", Told)
@@ -410,7 +362,6 @@ def _check_parameters(chapter: Chapter):
 
 def _explain(chapter: Chapter, executed: Path, error: Exception, reached: int) -> str:
     """Notebook, cell, the cell's first lines, error. ``reached``: the cell that papermill began last, 0 before the first."""
-    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     lines = [f"FAILED {chapter.path.name}"]
     if isinstance(error, PapermillExecutionError):
@@ -420,7 +371,7 @@ def _explain(chapter: Chapter, executed: Path, error: Exception, reached: int) -
         lines[0] += f", cell {number} (In [{error.exec_count}] of the executed copy):"
         lines += _first(source) + [f"    {error.ename}: {error.evalue}"]
         executed.with_suffix(".log").unlink(missing_ok=True)                       # the copy holds the whole traceback
-    elif isinstance(error, DeadKernelError) and reached:
+    elif type(error).__name__ == "DeadKernelError" and reached:      # of a library that papermill brings
         cells = json.loads(chapter.path.read_text(encoding="utf-8"))["cells"]
         lines[0] += f", cell {reached}:"
         lines += _first("".join(cells[reached - 1]["source"]).strip().splitlines())
@@ -434,11 +385,6 @@ def _explain(chapter: Chapter, executed: Path, error: Exception, reached: int) -
 
 def _first(source: list[str]) -> list[str]:
     return [f"    | {line}" for line in source[:6]] + ["    | ..."] * (len(source) > 6)
-
-
-def short(path: Path) -> str:
-    """`path` from the working directory where it lies below it."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def to_html(executed: Path) -> Path:
@@ -540,27 +486,12 @@ def run(plan: Plan, chosen: list[Chapter], *, html: bool = True, keep_going: boo
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
         plan.figures.mkdir(parents=True, exist_ok=True)
-        with _alone(plan.folder):
+        with alone(plan.folder):
             return _run(plan, chosen, html=html, keep_going=keep_going, jobs=jobs, name=name)
     except OSError as error:
         if error.filename or not error.errno:
             raise
         raise OSError(error.errno, error.strerror, str(plan.folder)) from error      # of a full disk Python does not say which
-
-
-@contextmanager
-def _alone(folder: Path):
-    """Held while a run writes to its folder: two at once would mix their chapters."""
-    from filelock import FileLock, Timeout
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError(f"another run is writing to {short(folder)}/: wait for it, or choose another folder with --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _run(plan: Plan, chosen: list[Chapter], *, html: bool, keep_going: bool, jobs: int, name: str | None) -> int:

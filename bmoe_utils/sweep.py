@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from bmoe_utils import artefacts, runner
+from bmoe_utils import artefacts, places, runner
 from bmoe_utils.engine import exposed, spread
 from bmoe_utils.tables import csv_text
 
@@ -87,7 +87,7 @@ def scores(plans: Sequence[runner.Plan]) -> list[dict]:
 
 def check_places(plans: Sequence[runner.Plan], folder: Path):
     """A :class:`runner.UsageError` where a cell, or the table beside the cells, would take the place of something else."""
-    runner.refuse_sources(runner.located(folder, "out"), "--out")
+    places.refuse_sources(places.located(folder, "out"), "--out")
     for plan in plans:
         runner.check_places(plan)
     try:

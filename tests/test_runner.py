@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from tiny_notebooks import DRAW, PROFILES, notebook
 
-from bmoe_utils import runner, sweep
+from bmoe_utils import places, runner, sweep
 from bmoe_utils.__main__ import main
 
 @pytest.fixture(autouse=True)
@@ -186,7 +186,7 @@ def test_a_run_of_something_else_is_not_mixed_with(project, capsys, monkeypatch)
     assert reproduce(*run, str(project / "b/questions")) == 2
     assert "holds another run (task '" in capsys.readouterr().err
     assert (project / "data/runs/smoke-questions/summary.json").read_text() == before
-    with runner._alone(project / "data/runs/smoke-questions"):
+    with places.alone(project / "data/runs/smoke-questions"):
         assert reproduce(*run, str(project / "a/questions")) == 2
     assert "another run is writing to" in capsys.readouterr().err
 
