@@ -84,7 +84,7 @@ lab: $(STAMP)
 
 clean:
 	rm -rf data/cache data/runs .pytest_cache build *.egg-info
-	find bmoe_utils tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	find bmoe_utils tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf .venv

@@ -1,10 +1,10 @@
 """The command line: `python -m bmoe_utils reproduce --profile cpu`; the work is done in `bmoe_utils.runner`."""
 from __future__ import annotations
 
-import argparse, json, sys
-from pathlib import Path
+import argparse, json, os, re, sys
 
-from bmoe_utils import engine, matrix, runner, sweep
+from bmoe_utils import engine, matrix, places, runner, sweep
+from bmoe_utils.worker import speak_any_language
 
 EXAMPLES = """examples:
   python -m bmoe_utils reproduce --profile cpu                    every chapter, as committed
@@ -27,8 +27,14 @@ Given again, the same command runs what is not finished. Artefacts are shared: a
 
 
 def _jobs(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes, 1 or more")
+    if not re.fullmatch("[0-9]{1,6}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{places.shown(text)} is not a number of processes, 1 or more")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,10}", text):
+        raise argparse.ArgumentTypeError(f"{places.shown(text)} is not a seed, an integer from 0")
     return int(text)
 
 
@@ -42,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--task", metavar="NAME_OR_FOLDER", help="default: the embedded world")
     r.add_argument("--model", metavar="NAME_OR_PATH", help="a mixture-of-experts causal language model; default: the profile's own")
     r.add_argument("-p", "--parameter", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="override a setting of the profile; values are JSON or plain text")
-    r.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="short for -p seeds=[...]")
+    r.add_argument("--seeds", nargs="+", type=_seed, metavar="SEED", help="short for -p seeds=[...]")
     r.add_argument("--out", metavar="FOLDER", help="executed notebooks, HTML and figures; default: data/runs/<run>, figures of the committed run: figures")
     r.add_argument("--fresh", action="store_true", help="compute everything anew, whatever is finished")
     r.add_argument("--dry-run", action="store_true", help="only say what would run; of the profile paper, the whole matrix with its estimated cost")
@@ -55,12 +61,15 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--only", nargs="+", metavar="NN", help="these chapters only, by number or file name")
     s.add_argument("--task", nargs="+", default=[None], metavar="NAME_OR_FOLDER")
     s.add_argument("--model", nargs="+", default=[None], metavar="NAME_OR_PATH")
-    s.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="a cell for each")
+    s.add_argument("--seeds", nargs="+", type=_seed, metavar="SEED", help="a cell for each")
     s.add_argument("--vary", action="extend", nargs="+", default=[], metavar="KEY=[V1,V2]", help="a cell for each value of a setting, a JSON list")
     s.add_argument("-p", "--parameter", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="a setting's value in every cell")
-    s.add_argument("--out", default="data/runs/sweep", metavar="FOLDER", help="a folder for each cell goes here; default: %(default)s")
+    s.add_argument("--out", metavar="FOLDER", help="a folder for each cell goes here; default: data/runs/sweep of the project")
     s.add_argument("--jobs", type=_jobs, metavar="N", help="cells at a time; default: one a core (at most 4) for the embedded model, else one a GPU")
-    s.add_argument("--scheduler", metavar="ADDRESS", help="of a running dask scheduler, whose workers share this folder; default: processes here")
+    s.add_argument("--scheduler", metavar="ADDRESS",
+                   help="of a running dask scheduler, whose workers share this folder; default: processes here, which open no port. Whoever reaches a "
+                        "scheduler can run code as its user: beyond this machine take tls://HOST:PORT, its certificates in dask's configuration "
+                        "(distributed.comm.tls) or the environment (DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ...__CLIENT__CERT, ...__CLIENT__KEY)")
     s.add_argument("--html", action=argparse.BooleanOptionalAction, default=True, help="also write each executed notebook as HTML")
     commands.add_parser("list", help="the chapters and what each one tests")
     commands.add_parser("profiles", help="the profiles and their settings")
@@ -71,6 +80,7 @@ def _reproduce(options) -> int:
     overrides = runner.overrides_of(options.profile, options.parameter, options.seeds)
     plan = runner.Plan.make(options.profile, options.task, options.model, overrides, options.out, options.fresh)
     chosen = runner.select(runner.chapters(), options.only)
+    runner.check_places(plan)
     if options.dry_run:
         return _say_plan(plan, chosen)
     return runner.run(plan, chosen, html=options.html, keep_going=options.keep_going, jobs=options.jobs or engine.workers_for(plan.embedded))
@@ -94,28 +104,33 @@ def _sweep(options) -> int:
     vary = {}
     for pair in options.vary:
         key, _, text = pair.partition("=")
-        try:
-            values = json.loads(text)
-        except ValueError:
-            values = None
+        values = runner.value_of(text)
         if not isinstance(values, list) or not values:
-            raise runner.UsageError(f"--vary {pair!r}: write key=[value,value], a JSON list")
+            raise runner.UsageError(f"--vary {places.shown(pair)}: write key=[value,value], a JSON list")
+        if key in vary:
+            raise runner.UsageError(f"--vary {key}: varied twice")
         for value in values:
             runner.overrides_of(options.profile, [f"{key}={json.dumps(value)}"])
         vary[key] = values
     if options.seeds:
+        if "seeds" in vary:
+            raise runner.UsageError("seeds are varied twice: by --vary and by --seeds")
         vary["seeds"] = [[seed] for seed in options.seeds]
     overrides = runner.overrides_of(options.profile, options.parameter)
     if both := set(vary) & set(overrides):
         raise runner.UsageError(f"{', '.join(sorted(both))}: given by -p and varied as well")
-    folder = Path(options.out) if Path(options.out).is_absolute() else runner.project_root() / options.out
+    if options.out is not None and not options.out.strip():
+        raise runner.UsageError("--out: name a folder")
+    folder = places.located(options.out, "out") if options.out else runner.project_root() / "data" / "runs" / "sweep"
     plans = sweep.cells(options.profile, options.task, options.model, vary, overrides, folder)
     chosen = runner.select(runner.chapters(), options.only)
     return sweep.run(plans, chosen, jobs=options.jobs or engine.workers_for(all(plan.embedded for plan in plans)), scheduler=options.scheduler, html=options.html)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of `python -m bmoe_utils`; returns the exit status (2 for a request that names something unknown)."""
+    """Entry point of `python -m bmoe_utils`; returns the exit status: 0, or 1 where something failed, 2 for a request that
+    cannot be meant, 130 when interrupted. What the user can mend is said in one line."""
+    speak_any_language()
     options = parser().parse_args(argv)
     try:
         if options.command == "list":
@@ -126,10 +141,23 @@ def main(argv: list[str] | None = None) -> int:
                 runner.say(f"{name}\n" + "\n".join(f"    {key} = {json.dumps(value, default=str)}" for key, value in settings.items()))
         else:
             return {"reproduce": _reproduce, "sweep": _sweep}[options.command](options)
+        sys.stdout.flush()                            # here, where it is known what to do if nobody reads on
     except runner.UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fail(error, 2)
+    except BrokenPipeError:                           # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:                          # a full disk, a folder that may not be written to
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error, 1)
+    except KeyboardInterrupt:
+        print("Interrupted. Finished artefacts are kept: the same command resumes.", file=sys.stderr)
+        return 130
     return 0
+
+
+def _fail(why: object, status: int) -> int:
+    print("error: " + " ".join(str(why).split()), file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

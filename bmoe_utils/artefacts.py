@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .source import PACKAGE, closure, code_version, library_versions
 from .storage import _canonical, atomic_write, fingerprint, locked, model_fingerprint, replace_file, sha256  # noqa: F401
+from .tables import csv_text
 
 _PROCESS_RUN = uuid.uuid4().hex[:12]                  # stands in for the run id when BMOE_FRESH is just "1"
 
@@ -192,7 +193,7 @@ def _as_files(chapter: str, name: str, numbers) -> dict[Path, str]:
     """What :func:`save_result` writes, the file it returns first."""
     if hasattr(numbers, "to_csv"):
         plain = all(index is None for index in numbers.index.names)          # an unnamed index carries nothing
-        return {_target(chapter, name, ".csv"): numbers.to_csv(index=not plain, float_format="%.6g", lineterminator="\n"),
+        return {_target(chapter, name, ".csv"): csv_text(numbers, index=not plain),
                 _target(chapter, name, ".tex"): latex(numbers, index=not plain)}
     return {_target(chapter, name, ".json"): json.dumps(_plain(numbers), indent=1, ensure_ascii=False) + "\n"}
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bmoe_utils.artefacts import project_root
+from bmoe_utils.engine import UsageError
 
 MODELS = {"ibm-granite/granite-3.1-3b-a800m-instruct": "granite-3.x-3b-a800m", "Qwen/Qwen1.5-MoE-A2.7B": "Qwen1.5-MoE-A2.7B",
           "deepseek-ai/deepseek-moe-16b-base": "deepseek-moe-16b"}
@@ -87,7 +88,7 @@ def estimate(cell: Cell, settings: Mapping, rates: Mapping[str, float] | None = 
     if rates and cell.model in rates:
         seconds = rates[cell.model] * tokens
     else:
-        seconds = max(tokens * model_flops(shape, context=tokens) / PEAK_FLOPS, weights / BANDWIDTH / settings["router_batch"])
+        seconds = max(tokens * model_flops(shape, context=tokens) / PEAK_FLOPS, weights / BANDWIDTH / max(1, settings["router_batch"]))
     posterior = 4 * shape.moe_layers * shape.experts * 64 * (shape.width + shape.expert_width) if cell.method in ("laplace_kron", "joint", "joint_tuned") else 0
     # inputs, outputs and gradients of the experts' slots and the residual stream of one batch, in bfloat16 and float32
     batch = settings["router_batch"] * tokens * shape.layers * (8 * shape.width + shape.top_k * 3 * (shape.width + shape.expert_width)) * 3
@@ -98,19 +99,25 @@ def measured_rates(path: Path | None = None) -> dict[str, float]:
     """Model -> seconds that a token's pass took in the GPU benchmark's floor, where that was run (data/bench/gpu_shapes.json)."""
     try:
         content = json.loads((path or project_root() / "data" / "bench" / "gpu_shapes.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        measured = dict(content["models"])
+    except (OSError, ValueError, LookupError, TypeError):
         return {}
     from bmoe_utils.costs import model_flops
     rates = {}
     for model, name in MODELS.items():
-        if row := content.get("models", {}).get(name):
+        try:
+            row = measured[name]
             token_passes = row["fit_flops_floor_seconds"] * row["flops_per_second"] / model_flops(name)
             rates[model] = row["fit_floor_seconds"] / token_passes
+        except (LookupError, TypeError, ZeroDivisionError):
+            continue                                  # not measured, or by another version
     return rates
 
 
 def lines(settings: Mapping) -> Iterator[str]:
     """The plan in words: a line a model, set and method, its seeds together."""
+    if settings["train_size"] is None:
+        raise UsageError("the plan's cost depends on the number of fine-tuning questions: give -p train_size=N")
     rates, seeds = measured_rates(), settings["seeds"]
     plan = [cell for cell in cells(settings) if cell.seed == seeds[0]]
     yield (f"{len(plan) * len(seeds)} cells: {len(MODELS)} models x {len(TASKS)} sets x {len(settings['methods'])} methods x {len(seeds)} seeds; "

@@ -61,14 +61,14 @@ def link(target: str, text: str) -> str:
     return f'<a href="{html.escape(target, quote=True)}">{html.escape(text)}</a>'
 
 
-def _chapter(chapter, folder: Path, shown: Path, content: dict) -> str:
+def _chapter(chapter, folder: Path, figures: Path, content: dict) -> str:
     page = f"{chapter.path.stem}.html"
     parts = [f"<h2>{link(page, chapter.title) if (folder / page).exists() else html.escape(chapter.title)}</h2>", f"<p>{html.escape(chapter.claim)}</p>"]
-    pictures = sorted(shown.glob(f"{chapter.number}_*.png"))
+    pictures = sorted(figures.glob(f"{chapter.number}_*.png"))
     if pictures:
         parts.append('<div class="figures">')
         for picture in pictures:
-            numbers = shown / f"{picture.stem}.json"
+            numbers = figures / f"{picture.stem}.json"
             beside = f" ({link(f'figures/{numbers.name}', 'numbers')})" if numbers.exists() else ""
             name = picture.stem[3:].replace("_", " ")
             parts.append(f'<figure><a href="figures/{picture.name}"><img src="figures/{picture.name}" alt="{html.escape(name)}" loading="lazy"></a>'
@@ -78,7 +78,7 @@ def _chapter(chapter, folder: Path, shown: Path, content: dict) -> str:
         name, _, kind = file.rpartition(".")
         if kind == "csv":
             files = [f"{chapter.number}_{name}{suffix}" for suffix in (".csv", ".tex")]
-            offered = ", ".join(link(f"figures/{file}", file) for file in files if (shown / file).exists())
+            offered = ", ".join(link(f"figures/{file}", file) for file in files if (figures / file).exists())
             body = table(rows) if len(rows) <= 60 else ""            # longer ones are data, to be read by programs
             parts.append(f"<h3>{html.escape(name.replace('_', ' '))}</h3><p class=\"note\">{offered}</p>{body}")
     return "\n".join(parts)
@@ -90,9 +90,11 @@ def build(folder: Path, figures: Path, chapters, summary: dict) -> Path:
     ``chapters``: all of the study (:func:`runner.chapters`); ``summary``: the run's.
     """
     shown, content = folder / "figures", results(figures)
-    if figures.resolve() != shown.resolve():
-        shutil.rmtree(shown, ignore_errors=True)
-        shutil.copytree(figures, shown)
+    if figures.resolve() != shown.resolve():           # copied over an earlier run's; nothing else there is touched, nor shown
+        shown.mkdir(parents=True, exist_ok=True)
+        for path in figures.glob("[0-9][0-9]_*.*"):
+            if path.is_file():
+                shutil.copy2(path, shown / path.name)
     titles = {c.number: c.title for c in chapters}
     everything = {"run": summary, "chapters": {number: {"title": titles.get(number), "results": named} for number, named in content.items()}}
     atomic_write(folder / "results.json", json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
@@ -101,5 +103,5 @@ def build(folder: Path, figures: Path, chapters, summary: dict) -> Path:
             f"{link('results.json', 'results.json')}.</p>", "<ol>"]
     body += [f"<li>{link(f'{c.path.stem}.html', c.title.partition('. ')[2] or c.title)}</li>" for c in chapters if (folder / f"{c.path.stem}.html").exists()]
     body += ["</ol>", *([f"<h2>Reported and reproduced</h2>{table(rows)}"] if (rows := reported()) else [])]
-    body += [_chapter(c, folder, shown, content.get(c.number, {})) for c in chapters if c.number in content or (folder / f"{c.path.stem}.html").exists()]
+    body += [_chapter(c, folder, figures, content.get(c.number, {})) for c in chapters if c.number in content or (folder / f"{c.path.stem}.html").exists()]
     return atomic_write(folder / "index.html", PAGE.format(title="Bayesian MoE study", body="\n".join(body)))

@@ -1,4 +1,6 @@
 """The pages and results.json of a run, and the matrix of the papers' experiments: from the run's files, nothing invented."""
+import csv
+import io
 import json
 
 import matplotlib.pyplot as plt
@@ -8,8 +10,9 @@ from tiny_notebooks import PROFILES, notebook
 
 from bmoe_utils import costs, matrix, runner, site
 from bmoe_utils.__main__ import main
-from bmoe_utils.artefacts import latex
+from bmoe_utils.artefacts import latex, save_result
 from bmoe_utils.profiles import PROFILES as REAL
+from bmoe_utils.tables import csv_text, harmless
 
 SAVE = """
 import matplotlib.pyplot as plt, pandas as pd
@@ -62,6 +65,12 @@ def test_the_committed_figures_are_copied_not_moved(project, ran):
     summary = runner.summary_of(runner.Plan.make("smoke"))
     site.build(ran, elsewhere, runner.chapters(), summary)
     assert (ran / "figures" / "01_a_line.png").is_file() and (elsewhere / "01_a_line.png").is_file()
+    # what lies there beside the copies stays, and is not shown
+    for foreign in ("mine.txt", "01_mine.png"):
+        (ran / "figures" / foreign).write_text("mine")
+    site.build(ran, elsewhere, runner.chapters(), summary)
+    assert (ran / "figures" / "mine.txt").read_text() == "mine" == (ran / "figures" / "01_mine.png").read_text()
+    assert "mine" not in (ran / "index.html").read_text()
 
 
 def test_latex_compiles_by_eye():
@@ -114,6 +123,27 @@ def test_a_measured_rate_is_that_of_a_token_and_pass(tmp_path):
     (tmp_path / "gpu.json").write_text(json.dumps({"models": {name: row}}))
     assert matrix.measured_rates(tmp_path / "gpu.json") == {"Qwen/Qwen1.5-MoE-A2.7B": pytest.approx(2.0 / (tokens * passes))}
     assert matrix.measured_rates(tmp_path / "none.json") == {}
+    for damaged in ("[]", "{}", '{"models": 1}', '{"models": {"%s": {}}}' % name, '{"models": {"%s": 3}}' % name, "{"):
+        (tmp_path / "bad.json").write_text(damaged)
+        assert matrix.measured_rates(tmp_path / "bad.json") == {}
+
+
+def test_a_plan_without_a_number_of_questions_has_no_cost(project, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "profiles", lambda: REAL)
+    notebook(project, "11_all")
+    assert main(["reproduce", "--profile", "paper", "--dry-run", "-p", "train_size=null"]) == 2
+    assert "give -p train_size=N" in capsys.readouterr().err
+    assert main(["reproduce", "--profile", "paper", "--dry-run", "-p", "router_batch=0"]) == 0
+
+
+def test_a_damaged_file_of_reports_costs_no_run(project, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "profiles", lambda: PROFILES)
+    monkeypatch.setattr(runner, "_execute", lambda *_: None)
+    (project / "data").mkdir()
+    (project / "data" / "reported.json").write_text("{")
+    notebook(project, "01_one")
+    assert main(["reproduce", "--profile", "smoke", "--jobs", "1"]) == 0
+    assert "no index page, JSONDecodeError" in capsys.readouterr().out
 
 
 def test_reported_beside_what_was_run(project, root):
@@ -131,3 +161,33 @@ def test_reported_beside_what_was_run(project, root):
     (folder / "old" / "figures" / "11_numbers.json").write_text("[]")
     said = {row["reproduced"] for row in matrix.reported() if (row["model"], row["method"]) == ("Qwen/Qwen1.5-MoE-A2.7B", "router_mfvr")}
     assert said == {"0.030 (2 seeds)"}
+
+
+# ---------------------------------------------------------------- tables for spreadsheet programs
+@pytest.mark.parametrize("text", ["=1+1", "@SUM(A1)", "+cmd", "-x", "\t=1", "\r=1", "\n=1", "＝1", "-1+cmd|' /C calc'!A0", "-1+2", "+A1", "--1", "-=1"])
+def test_text_that_is_a_formula_gets_an_apostrophe(text):
+    frame = pd.DataFrame({text: [text, "plain"]}, index=pd.Index([text, "b"], name=text))
+    read = list(csv.reader(io.StringIO(csv_text(frame, index=True), newline="")))
+    assert read == [[f"'{text}"] * 2, [f"'{text}"] * 2, ["b", "plain"]]
+
+
+@pytest.mark.parametrize("text", ["-0.5", "+3", "-inf", "+nan", "-3e-04", "-.5", "-0.012 ± .003", "-0.5 [-0.7, -0.1]*", "-", "", "a=b", "A & B, \"c\""])
+def test_numbers_and_other_text_stay_as_they_are(text):
+    assert harmless(text) == text
+
+
+def test_numbers_of_every_kind_are_written_as_before():
+    frame = pd.DataFrame({"f": [-1 / 3, float("-inf"), float("nan")], "i": [-1, 0, 2], "t": ["a,b", 'q"', "l\nm"], "o": [None, -2.0, "x"]})
+    assert csv_text(frame, index=False) == frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
+def test_no_committed_table_has_a_formula(root):
+    tables = [*root.glob("figures/*.csv"), *root.glob("data/sweeps/*.csv")]
+    cells = [cell for path in tables for row in csv.reader(path.open(newline="", encoding="utf-8")) for cell in row]
+    assert len(cells) > 1000 and [cell for cell in cells if harmless(cell) != cell] == []
+
+
+def test_what_a_chapter_saves_is_harmless(project, monkeypatch):
+    monkeypatch.setenv("BMOE_FIGURES", str(project / "figures"))
+    path = save_result("01", "table", pd.DataFrame({"answer": ["=HYPERLINK(1)"], "gain": [-0.25]}))
+    assert path.read_text() == "answer,gain\n'=HYPERLINK(1),-0.25\n"

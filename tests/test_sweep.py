@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import tiny_calls
 from tiny_notebooks import DRAW, PROFILES, notebook
 
 from bmoe_utils import engine, runner, sweep
@@ -86,24 +88,70 @@ def test_calls_begin_in_order_and_none_waits_at_a_busy_worker():
         assert [index for index, _ in results] == [1, 2, 3, 4, 5, 6, 0]
 
 
-def _die():
-    os._exit(1)
+@pytest.fixture
+def here(monkeypatch):
+    """A process finds the functions of tiny_calls as it would those of an installed module."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
 
-def test_a_dead_worker_is_told_and_not_tried_again():
-    with engine.spread(_die, [()], jobs=1) as results:
-        ((index, result),) = results
-    assert index == 0 and isinstance(result, Exception)
+def test_a_dead_process_is_told_and_the_others_go_on(here):
+    with engine.spread(tiny_calls.die, [(0,), (9,), (0,)], jobs=2) as results:
+        said = dict(results)
+    assert said[0] == said[2] == "alive" and "died with status -9 (killed, as for want of memory)" in str(said[1])
+
+
+def test_what_a_call_raises_is_its_result():
+    with engine.spread(json.loads, [("[1]",), ("[",)], jobs=1) as results:
+        said = dict(results)
+    assert said[0] == [1] and str(said[1]).startswith("JSONDecodeError: Expecting value")
+    with pytest.raises(ValueError, match="only a function of a module"), engine.spread(lambda: 0, [()], jobs=1):
+        pass
+
+
+def test_a_run_side_by_side_opens_no_port(project):
+    """Kernels are spoken to through sockets of this user's alone as well. What listens is each kernel's own pipe for what the
+    processes that it forks print: it takes text, never code."""
+    psutil = pytest.importorskip("psutil")             # of jupyter's dependencies
+    notebook(project, "01_one", MEET.format(me=1, other=2), "time.sleep(0.5)")
+    notebook(project, "02_two", MEET.format(me=2, other=1), "time.sleep(0.5)")
+    seen: dict[str, set] = {}
+    ended = threading.Event()
+
+    def watch():
+        own = psutil.Process()
+        while not ended.wait(0.05):
+            for process in [own, *own.children(recursive=True)]:
+                try:
+                    name = "kernel" if any("ipykernel" in part for part in process.cmdline()) else "ours"
+                    seen.setdefault(name, set()).update(
+                        (process.pid, c.laddr.port) for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+                except psutil.Error:
+                    pass                               # it has just ended
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        assert reproduce("--jobs", "2") == 0
+    finally:
+        ended.set()
+        watching.join()
+    assert not seen["ours"], seen
+    assert all(len([1 for pid, _ in seen["kernel"] if pid == one]) == 1 for one, _ in seen["kernel"]), seen
 
 
 def test_workers_keep_the_memory_they_have(monkeypatch):
     """dask would have glibc give back that of every larger tensor at once: many page faults, and half the speed."""
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
-    with engine.spread(os.environ.get, [("MALLOC_TRIM_THRESHOLD_",), ("OMP_NUM_THREADS",)], jobs=2) as results:
+    with engine.spread(os.getenv, [("MALLOC_TRIM_THRESHOLD_",), ("OMP_NUM_THREADS",)], jobs=2) as results:
         assert dict(results) == {0: None, 1: str(max(1, engine.cores() // 2))}
 
 
-def test_interrupt_ends_the_kernels_too(project, root):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_end_from_outside_ends_the_kernels_too(project, root, how):
+    """However the run ends: the processes that it began notice, and what an earlier run said does not stand."""
+    (project / "data/runs/smoke").mkdir(parents=True)
+    earlier = runner.Plan.make("smoke").parameters() | {"chapters": [{"chapter": c, "status": "ok", "seconds": 1} for c in ("01_one", "02_two")]}
+    for page in ("summary.json", "results.json", "index.html"):
+        (project / "data/runs/smoke" / page).write_text(json.dumps(earlier))
     notebook(project, "01_one", MEET.format(me=1, other=2), "(place / 'kernel').write_text(str(os.getpid()))\ntime.sleep(120)")
     notebook(project, "02_two", MEET.format(me=2, other=1), "time.sleep(120)")
     code = "import sys; from bmoe_utils import runner; from bmoe_utils.__main__ import main; " \
@@ -116,14 +164,48 @@ def test_interrupt_ends_the_kernels_too(project, root):
     while not (project / "kernel").exists() and time.monotonic() < limit:
         time.sleep(0.1)
     time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)             # as a terminal's Ctrl-C does: to everyone in the foreground
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "same command resumes" in out, out
+    began = tree(process.pid)
     kernel = int((project / "kernel").read_text())
-    limit = time.monotonic() + 20
-    while alive(kernel) and time.monotonic() < limit:
+    assert {kernel, process.pid} < began
+    os.killpg(process.pid, how)                       # as a terminal's Ctrl-C does: to everyone in the foreground
+    out, _ = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and "same command resumes" in out and "Traceback" not in out, out
+    limit = time.monotonic() + 40
+    while any(map(alive, began)) and time.monotonic() < limit:
         time.sleep(0.1)
-    assert not alive(kernel)
+    assert not [one for one in began if alive(one)]
+    assert set(rows(project).values()) == {"interrupted" if how == signal.SIGINT else "not run"}
+    assert not (project / "data/runs/smoke/results.json").exists() and not (project / "data/runs/smoke/index.html").exists()
+
+
+def tree(pid: int) -> set[int]:
+    """The process and all below it, by Linux' /proc."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            pass                                      # it has just ended
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def test_a_script_without_a_main_guard_runs_once(project, root):
+    """It is not imported by the processes that it begins, so that it cannot begin itself again."""
+    notebook(project, "01_one", MEET.format(me=1, other=2))
+    notebook(project, "02_two", MEET.format(me=2, other=1))
+    (project / "script.py").write_text(
+        "from bmoe_utils import runner\n"
+        "with open('begun', 'a') as log:\n    log.write('x')\n"
+        "status = runner.run(runner.Plan.make('smoke'), runner.chapters(), html=False, jobs=2)\n"
+        "print('status', status)\n")
+    said = subprocess.run([sys.executable, "script.py"], cwd=project, capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"PYTHONPATH": str(root)})
+    assert said.stdout.splitlines()[-1] == "status 0" and "Traceback" not in said.stderr, said.stdout + said.stderr
+    assert (project / "begun").read_text() == "x" and set(rows(project).values()) == {"ok"}
 
 
 def alive(pid: int) -> bool:
@@ -154,7 +236,7 @@ def test_a_sweep_runs_every_cell_once_and_resumes(project, capsys):
 
 SCORES = """
 import json, os, pathlib
-numbers = {"seeds": overrides["seeds"], "methods": {"map": [{"nll": overrides["epochs"] + seed / 10} for seed in overrides["seeds"]]}}
+numbers = {"seeds": overrides["seeds"], "methods": {"=map": [{"nll": overrides["epochs"] + seed / 10} for seed in overrides["seeds"]]}}
 folder = pathlib.Path(os.environ["BMOE_FIGURES"])
 (folder / "01_numbers.json").write_text(json.dumps(numbers))
 (folder / "02_numbers.json").write_text('{"seeds": [0], "methods": {"inside": {"map": [1]}}}')
@@ -163,10 +245,14 @@ folder = pathlib.Path(os.environ["BMOE_FIGURES"])
 
 def test_a_sweep_gathers_the_scores_of_its_finished_cells(project, capsys):
     notebook(project, "01_one", SCORES, "assert overrides['epochs'] != 3")
-    assert main(["sweep", "--profile", "smoke", "--vary", "epochs=[1,2,3]", "-p", "seeds=[0,4]", "--no-html", "--jobs", "2"]) == 1
-    assert (project / "data/runs/sweep/results.csv").read_text().splitlines() == [
-        "task,model,epochs,chapter,method,seed,nll", *(f"world,of the profile,{epochs},01,map,{seed},{epochs + seed / 10:g}" for epochs in (1, 2) for seed in (0, 4))]
+    command = ["sweep", "--profile", "smoke", "--vary", "epochs=[1,2,3]", "-p", "seeds=[0,4]", "--no-html", "--jobs", "2"]
+    assert main(command) == 1
+    table = project / "data/runs/sweep/results.csv"
+    assert table.read_text().splitlines() == [
+        "task,model,epochs,chapter,method,seed,nll", *(f"world,of the profile,{epochs},01,'=map,{seed},{epochs + seed / 10:g}" for epochs in (1, 2) for seed in (0, 4))]
     assert "results.csv" in capsys.readouterr().out
+    table.write_text("name,score\nmine,1\n")         # not one of ours any more
+    assert main(command) == 2 and "is no sweep's" in capsys.readouterr().err and table.read_text().startswith("name")
 
 
 def test_a_changed_chapter_is_run_again(project):
@@ -177,14 +263,74 @@ def test_a_changed_chapter_is_run_again(project):
     assert main(command) == 0 and (project / "ran").read_text() == "7 7 "
 
 
+def folders(vary, tasks=("world",)):
+    plans = sweep.cells("smoke", tasks, [None], vary, {}, runner.project_root() / "data/runs/sweep")
+    for plan in plans:
+        plan.folder.mkdir(parents=True, exist_ok=True)                     # the file system takes the name
+        assert plan.figures == plan.folder / "figures"
+    names = [plan.folder.name for plan in plans]
+    assert len({name.lower() for name in names}) == len(names)
+    return names
+
+
+def test_cells_have_names_of_their_own_that_can_be_read(project):
+    methods = ["map", "temperature", "ensemble", "checkpoint_ensemble", "mc_dropout", "swag", "last_layer_laplace", "laplace_lora", "blob", "tfb"]
+    long = folders({"methods": [methods, methods[1:], methods[:-1]]})
+    assert all(name.startswith("smoke-methods_") and len(name) < 80 for name in long) and "map_temperature" in long[0]
+    assert folders({"epochs": [1, 2]}) == ["smoke-epochs_1", "smoke-epochs_2"]
+    many = folders({f"setting_{i}": [methods] for i in range(9)} | {"lr": [0.1, 0.2]})
+    assert all(len(name) <= 150 for name in many)
+    assert all(name.startswith("smoke-method_") for name in folders({"method": ["a b", "a_b", "A_b"]}))
+    for place in ("a/mine", "b/mine"):
+        (project / place).mkdir(parents=True)
+    assert all(name.startswith("smoke-mine-") for name in folders({}, [str(project / "a/mine"), str(project / "b/mine")]))
+
+
 @pytest.mark.parametrize("options, says", [
+    (["--vary", "epochs=[NaN]"], "NaN is no value"), (["--vary", "epochs=[1]", "epochs=[2]"], "varied twice"), (["--vary", "epochs=" + "[" * 99_999], "too deeply"),
+    (["--vary", "seeds=[[0]]", "--seeds", "1"], "varied twice"), (["--vary", "seeds=[0]"], "a value of that kind"), (["--seeds", "0", "0"], "given twice"),
+    (["--vary", f"epochs={list(range(101))}", f"lr={[i / 8 for i in range(100)]}"], "10100 cells are more than"), (["--task", "world", "world"], "given twice"),
+    (["--scheduler", "nonsense://here"], "no dask scheduler at nonsense://here"), (["--out", " "], "name a folder"),
     (["--vary", "epochs"], "write key=[value,value]"), (["--vary", "epoch=[1]"], "unknown parameter 'epoch'"),
     (["--vary", "epochs=[1,1]"], "a value is given twice"), (["--vary", "epochs=[1]", "-p", "epochs=2"], "varied as well"),
 ])
 def test_what_a_sweep_cannot_mean(project, capsys, options, says):
     notebook(project, "01_one")
     assert main(["sweep", "--profile", "smoke", *options]) == 2
-    assert says in capsys.readouterr().err and not (project / "data").exists()
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1 and not (project / "data").exists()
+
+
+def test_calls_on_a_scheduler(monkeypatch):
+    from distributed import LocalCluster
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        with engine.spread(json.loads, [("[1]",), ("[",)], jobs=1, scheduler=cluster.scheduler_address) as results:
+            said = dict(results)
+    assert said[0] == [1] and isinstance(said[1], ValueError)
+
+
+def test_an_address_without_tls_beyond_this_machine():
+    open_to_all = ["tcp://10.0.0.5:8786", "node7:8786", "tcp://node7:8786", "0.0.0.0:8786", "ws://10.0.0.5:1", "tcp://[fe80::1]:1"]
+    assert all(map(engine.exposed, open_to_all))
+    assert not any(map(engine.exposed, ["tls://10.0.0.5:8786", "wss://node7:1", "tcp://127.0.0.1:8786", "localhost:8786", "tcp://[::1]:8786"]))
+
+
+def test_cores_within_a_container(tmp_path):
+    groups = tmp_path / "cgroup"
+    quota = lambda: engine._quota(tmp_path, groups)
+    assert quota() == float("inf")                    # no control groups
+    groups.write_text("1:name=systemd:/x\n0::/own/sub\n")
+    (tmp_path / "own/sub").mkdir(parents=True)
+    (tmp_path / "own/sub/cpu.max").write_text("max 100000\n")
+    assert quota() == float("inf")
+    (tmp_path / "own/cpu.max").write_text("250000 100000\n")
+    assert quota() == 2.5                             # the group above limits too
+    (tmp_path / "cpu,cpuacct").mkdir()
+    for what, value in (("quota", -1), ("period", 100_000)):
+        (tmp_path / f"cpu,cpuacct/cpu.cfs_{what}_us").write_text(f"{value}\n")
+    assert quota() == 2.5
+    (tmp_path / "cpu,cpuacct/cpu.cfs_quota_us").write_text("50000\n")
+    assert quota() == 0.5 and 1 <= engine.cores() <= os.cpu_count()
 
 
 def test_workers_for_what_is_there(monkeypatch):
@@ -194,12 +340,7 @@ def test_workers_for_what_is_there(monkeypatch):
     assert engine.workers_for(False) == 3 and engine.gpus() == ["2", "5", "7"]
 
 
-def test_local_workers_share_the_gpus_out(monkeypatch):
+def test_local_workers_share_the_gpus_out(monkeypatch, here):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    with engine.spread(_card, [(0.5,)] * 2, jobs=2) as results:
+    with engine.spread(tiny_calls.card, [(0.5,)] * 2, jobs=2) as results:
         assert sorted(card for _, card in results) == ["2", "5"]
-
-
-def _card(seconds: float) -> str:
-    time.sleep(seconds)
-    return os.environ["CUDA_VISIBLE_DEVICES"]
