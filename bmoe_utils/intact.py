@@ -1,4 +1,5 @@
-"""Is a checkpoint's file whole? Told from its first bytes and its size, so that minutes of loading do not end in a raw error."""
+"""Is a checkpoint's file whole? Told from its first bytes and its size, so that minutes of loading
+do not end in a raw error."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import json
 import struct
 import zipfile
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in place of a large file
 AGAIN = "copy or download it again"
@@ -17,7 +20,8 @@ def _beginning(path: Path, size: int) -> bytes:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; ``ValueError``, of one line, that names the file where there is none."""
+    """The object in a JSON file; ``ValueError``, of one line, that names the file where there is
+    none."""
     if _beginning(path, len(POINTER)) == POINTER:
         raise ValueError(f"{path} is a Git LFS pointer, not the file itself: git lfs pull")
     try:
@@ -31,24 +35,32 @@ def read_json(path: Path) -> dict:
 
 
 def tensors(path: Path) -> dict[str, list[int]]:
-    """Name -> shape of every tensor in a safetensors file, from its header; ``ValueError``, of one line, where the file is not as long
-    as that says."""
+    """Name -> shape of every tensor in a safetensors file, from its header; ``ValueError``, of one
+    line, where the header is damaged or the file not as long as it says."""
     size, start = path.stat().st_size, _beginning(path, 32)
     if start.startswith(POINTER):
         raise ValueError(f"{path} is a Git LFS pointer, not the weights: git lfs pull")
     if len(start) < 8 or (length := struct.unpack("<Q", start[:8])[0]) > size - 8:
         raise ValueError(f"{path} is cut short or no safetensors file ({size:,} bytes): {AGAIN}")
     try:
-        header = json.loads(_beginning(path, 8 + length)[8:])
-        parts = {name: part for name, part in header.items() if name != "__metadata__"}
-        expected = 8 + length + max((int(part["data_offsets"][1]) for part in parts.values()), default=0)
-        shapes = {name: [int(n) for n in part["shape"]] for name, part in parts.items()}
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        raise ValueError(f"{path} has a damaged header: {AGAIN}") from None
-    if size != expected:
-        what = "is cut short" if size < expected else "is longer than its header says"
-        raise ValueError(f"{path} {what} ({size:,} of {expected:,} bytes): {AGAIN}")
-    return shapes
+        parts = json.loads(_beginning(path, 8 + length)[8:]).items()
+        ends = [int(part["data_offsets"][1]) for name, part in parts if name != "__metadata__"]
+        if size < (expected := 8 + length + max(ends, default=0)):
+            raise ValueError(f"{path} is cut short ({size:,} of {expected:,} bytes): {AGAIN}")
+        with safe_open(path, "pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except (
+        SafetensorError,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise ValueError(
+            f"{path} has a damaged header ({' '.join(str(error).split())[:100]}): {AGAIN}"
+        ) from None
 
 
 def check_weights(path: Path) -> None:
@@ -57,15 +69,24 @@ def check_weights(path: Path) -> None:
         tensors(path)
     elif (start := _beginning(path, len(POINTER))) == POINTER:
         raise ValueError(f"{path} is a Git LFS pointer, not the weights: git lfs pull")
-    elif not start or (start.startswith(b"PK") and not zipfile.is_zipfile(path)):  # torch's files are zip, but for very old ones
-        raise ValueError(f"{path} is cut short ({path.stat().st_size:,} bytes): {AGAIN}")
+    elif not zipfile.is_zipfile(path) and not start.startswith(
+        b"\x80"
+    ):  # a pickle, as very old ones are
+        raise ValueError(
+            f"{path} is cut short or no file of torch's ({path.stat().st_size:,} bytes): {AGAIN}"
+        )
 
 
 def check_index(path: Path) -> list[str]:
-    """The weight files that an index names, of those that are there also whether each has the tensors that the index puts there.
-    ``ValueError``, of one line, if it is damaged or does not fit them."""
+    """The weight files that an index names, of those that are there also whether each has the
+    tensors that the index puts there. ``ValueError``, of one line, if it is damaged or does not fit
+    them."""
     places = read_json(path).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(v, str) and v == Path(v).name for v in places.values()):
+    if (
+        not isinstance(places, dict)
+        or not places
+        or not all(isinstance(v, str) and v == Path(v).name for v in places.values())
+    ):
         raise ValueError(f"{path} has no weight_map from every tensor's name to its file: {AGAIN}")
     files = sorted(set(places.values()))
     for name in files:
@@ -74,6 +95,8 @@ def check_index(path: Path) -> list[str]:
         check_weights(shard)
         lost = [k for k, v in places.items() if v == name] if shard.suffix == ".safetensors" else []
         if lost := [k for k in lost if k not in tensors(shard)]:
-            raise ValueError(f"{path} looks for {lost[0]!r} in {name}, which does not have it: index and weights are of different "
-                             f"checkpoints, or one is damaged; {AGAIN}")
+            raise ValueError(
+                f"{path} looks for {lost[0]!r} in {name}, which does not have it: index and "
+                f"weights are of different checkpoints, or one is damaged; {AGAIN}"
+            )
     return files

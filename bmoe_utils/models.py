@@ -72,7 +72,11 @@ def load_model(
     if description.get("model_type") == "deepseek":
         from . import deepseek
         deepseek.register()
-    packed = (description.get("quantization_config") or {}).get("quant_method")
+    quantised = description.get("quantization_config") or {}
+    if not isinstance(quantised, dict):
+        raise ValueError(f"no model can be built from the config.json of {name_or_path}: quantization_config is "
+                         f"{quantised!r}, not an object")
+    packed = quantised.get("quant_method")
     if quantization_config is None and packed in UNPACKING:
         quantization_config = UNPACKING[packed](dequantize=True)
     where = {**here, "trust_remote_code": trust_remote_code}

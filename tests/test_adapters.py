@@ -1,5 +1,5 @@
-"""Folders and hub repositories of peft adapters: the merged model against the unmerged one, whose tokenizer it comes with, and where
-its base is looked for."""
+"""Folders and hub repositories of peft adapters: the merged model against the unmerged one, whose
+tokenizer it comes with, and where its base is looked for."""
 
 import json
 import shutil
@@ -13,7 +13,12 @@ from transformers import AutoModelForCausalLM
 import bmoe_utils as bm
 from bmoe_utils import models
 
-TEXTS = ["does ice float on water?", "is the sun a star?", "Question: can a polar bear swim?\nAnswer: yes", "no, never."]
+TEXTS = [
+    "does ice float on water?",
+    "is the sun a star?",
+    "Question: can a polar bear swim?\nAnswer: yes",
+    "no, never.",
+]
 ROWS = 300
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -30,7 +35,9 @@ def base(tmp_path):
 
 
 def write_base(folder, *, tied=False, rows=ROWS, dtype=torch.float32):
-    config = models.tiny_config("qwen2_moe", rows, width=16, layers=2, experts=4, expert_width=16, heads=2)
+    config = models.tiny_config(
+        "qwen2_moe", rows, width=16, layers=2, experts=4, expert_width=16, heads=2
+    )
     config.tie_word_embeddings = tied
     models.build_model(config, 0).to(dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -42,7 +49,12 @@ def adapted(base, **options):
     model = AutoModelForCausalLM.from_pretrained(base)
     if rows := options.pop("rows", None):
         model.resize_token_embeddings(rows)
-    model = get_peft_model(model, LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | options))
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            **{"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | options
+        ),
+    )
     torch.manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -52,7 +64,8 @@ def adapted(base, **options):
 
 
 def batch_of(rows):
-    """Every prompt and every item's options have the last token, which a smaller embedding would not have."""
+    """Every prompt and every item's options have the last token, which a smaller embedding would
+    not have."""
     batch = tiny_batch()
     batch["input_ids"][:, -1] = batch["option_ids"][:, 0] = rows - 1
     return batch
@@ -65,16 +78,33 @@ def read_out(model, rows):
 
 EMBEDDINGS = {
     "of the base": ({}, ROWS),
+    "of the base, with experts": (
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+        },
+        ROWS,
+    ),
     "adapted": ({"target_modules": ["q_proj", "embed_tokens"]}, ROWS),
-    "more, trained whole": ({"rows": ROWS + 2, "modules_to_save": ["embed_tokens", "lm_head"]}, ROWS + 2),
-    "more, saved along": ({"rows": ROWS + 2}, ROWS + 2),  # peft saves embeddings whose size has changed
+    "more, trained whole": (
+        {"rows": ROWS + 2, "modules_to_save": ["embed_tokens", "lm_head"]},
+        ROWS + 2,
+    ),
+    "more, saved along": (
+        {"rows": ROWS + 2},
+        ROWS + 2,
+    ),  # peft saves embeddings whose size has changed
     "less, saved along": ({"rows": ROWS - 20}, ROWS - 20),  # a padded base cut to its tokenizer
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("case", EMBEDDINGS)
+@pytest.mark.parametrize(
+    "case, tied, dtype",
+    [
+        *((case, tied, torch.float32) for case in EMBEDDINGS for tied in (False, True)),
+        *((case, False, torch.bfloat16) for case in ("of the base", "more, trained whole")),
+    ],
+)
 def test_the_merged_model_is_the_unmerged_one(case, tied, dtype, tmp_path):
     options, rows = EMBEDDINGS[case]
     model = adapted(write_base(tmp_path / "base", tied=tied, dtype=dtype), **options)
@@ -83,13 +113,20 @@ def test_the_merged_model_is_the_unmerged_one(case, tied, dtype, tmp_path):
     expected = read_out(model, rows)
     merged, _ = bm.load_model(tmp_path / "adapter")
     assert {p.dtype for p in merged.parameters()} == {dtype} and not merged.training
-    assert merged.get_input_embeddings().weight.shape[0] == rows == merged.get_output_embeddings().weight.shape[0]
-    # a sum of two products in place of one product with the sum: float32's rounding, or bfloat16's at every layer
+    assert (
+        merged.get_input_embeddings().weight.shape[0]
+        == rows
+        == merged.get_output_embeddings().weight.shape[0]
+    )
+    # a sum of two products in place of one product with the sum: float32's rounding, or bfloat16's
+    # at every layer
     rounding = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(read_out(merged, rows), expected, rtol=rounding, atol=rounding)
     merged.save_pretrained(tmp_path / "merged")
     tokenizer().save_pretrained(tmp_path / "merged")
-    assert torch.equal(read_out(bm.load_model(tmp_path / "merged")[0], rows), read_out(merged, rows))
+    assert torch.equal(
+        read_out(bm.load_model(tmp_path / "merged")[0], rows), read_out(merged, rows)
+    )
 
 
 def test_a_tokenizer_that_grew_without_its_embeddings_has_rows_for_every_token(base, tmp_path):
@@ -105,7 +142,9 @@ def test_the_adapters_own_tokenizer_and_template_come_with_it(base, tmp_path):
     adapted(base).save_pretrained(folder)
     assert bm.load_model(folder)[1].chat_template is None
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
-    assert bm.load_model(folder)[1].chat_template == "{{ messages[0].content }}!"  # on the base's tokenizer
+    assert (
+        bm.load_model(folder)[1].chat_template == "{{ messages[0].content }}!"
+    )  # on the base's tokenizer
     own = tokenizer("<x0>")
     own.chat_template, own.padding_side, own.pad_token = "{{ messages[0].content }}?", "right", None
     own.save_pretrained(folder)
@@ -118,28 +157,40 @@ def test_a_config_beside_the_adapter_does_not_make_it_a_model(base, tmp_path):
     model = adapted(base)
     model.save_pretrained(tmp_path / "adapter")
     shutil.copy(base / "config.json", tmp_path / "adapter")
-    torch.testing.assert_close(read_out(bm.load_model(tmp_path / "adapter")[0], ROWS), read_out(model, ROWS))
+    torch.testing.assert_close(
+        read_out(bm.load_model(tmp_path / "adapter")[0], ROWS), read_out(model, ROWS)
+    )
 
 
 def test_an_adapter_of_an_adapter(base, tmp_path):
     adapted(base).save_pretrained(tmp_path / "one")
     model, own = bm.load_model(tmp_path / "one")
-    two = get_peft_model(model, LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False, task_type="CAUSAL_LM")).eval()
+    two = get_peft_model(
+        model,
+        LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    ).eval()
     two.save_pretrained(tmp_path / "two")
     rename_base(tmp_path / "two", "../one")
-    torch.testing.assert_close(read_out(bm.load_model(tmp_path / "two")[0], ROWS), read_out(two, ROWS))
+    torch.testing.assert_close(
+        read_out(bm.load_model(tmp_path / "two")[0], ROWS), read_out(two, ROWS)
+    )
 
 
 def test_an_offloaded_base(base, tmp_path):
     model = adapted(base)
     model.save_pretrained(tmp_path / "adapter")
-    places = dict.fromkeys(["model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    places = dict.fromkeys(
+        ["model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
+    )
     for where in ({"": "cpu"}, places | {"model.layers.0": "disk"}):
-        merged, _ = bm.load_model(tmp_path / "adapter", device_map=where, offload_folder=tmp_path / "off")
+        merged, _ = bm.load_model(
+            tmp_path / "adapter", device_map=where, offload_folder=tmp_path / "off"
+        )
         torch.testing.assert_close(read_out(merged, ROWS), read_out(model, ROWS))
 
 
-# ---- where the base is ----------------------------------------------------------------------------------------------
+# ---- where the base is
+# ----------------------------------------------------------------------------------------------
 def rename_base(folder, name):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
@@ -177,7 +228,9 @@ def test_an_adapter_on_the_hub_is_found_in_its_cache_with_its_base(base, tmp_pat
     cache = tmp_path / "cache"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     snapshot = to_cache(tmp_path / "adapter", cache, "some/lora")
-    with pytest.raises(FileNotFoundError, match=r"is an adapter of some/moe.*hf download some/moe") as error:
+    with pytest.raises(
+        FileNotFoundError, match=r"is an adapter of some/moe.*hf download some/moe"
+    ) as error:
         bm.load_model("some/lora")
     assert "\n" not in str(error.value)
     to_cache(base, cache, "some/moe")
@@ -186,7 +239,9 @@ def test_an_adapter_on_the_hub_is_found_in_its_cache_with_its_base(base, tmp_pat
         assert own.encode("<x0>") == [ROWS] and merged.config._commit_hash == COMMIT
         torch.testing.assert_close(read_out(merged, ROWS), read_out(model, ROWS))
     (snapshot / "adapter_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="has not adapter_model.safetensors.*hf download some/lora"):
+    with pytest.raises(
+        FileNotFoundError, match="has not adapter_model.safetensors.*hf download some/lora"
+    ):
         bm.load_model("some/lora")
 
 
@@ -194,20 +249,31 @@ def test_an_adapter_on_the_hub_that_is_not_in_the_cache_is_fetched(base, tmp_pat
     from types import SimpleNamespace
 
     import huggingface_hub
+
     model, folder = adapted(base), tmp_path / "adapter"
     model.save_pretrained(folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     files = [SimpleNamespace(rfilename=p.name) for p in folder.iterdir()]
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files)
+    )
     real = huggingface_hub.snapshot_download
-    download = lambda *a, local_files_only=False, **k: real(*a, local_files_only=True, **k) if local_files_only else str(folder)  # noqa: E731
+    download = lambda *a, local_files_only=False, **k: (
+        real(*a, local_files_only=True, **k) if local_files_only else str(folder)
+    )  # noqa: E731
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     torch.testing.assert_close(read_out(bm.load_model("some/lora")[0], ROWS), read_out(model, ROWS))
 
 
-def test_an_adapter_that_cannot_be_merged_is_refused_before_its_base_is_loaded(base, tmp_path, monkeypatch):
+def test_an_adapter_that_cannot_be_merged_is_refused_before_its_base_is_loaded(
+    base, tmp_path, monkeypatch
+):
     model = AutoModelForCausalLM.from_pretrained(base)
-    get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(tmp_path / "adapter")
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("loading began"))
+    get_peft_model(
+        model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    ).save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("loading began")
+    )
     with pytest.raises(ValueError, match="peft_type 'PREFIX_TUNING', which cannot be merged"):
         bm.load_model(tmp_path / "adapter")

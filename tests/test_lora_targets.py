@@ -1,5 +1,5 @@
-"""Which layers LoRA adapts, over every MoE causal LM of transformers and the mixed kinds of layers they can have; and that one set of
-adapters never goes over another."""
+"""Which layers LoRA adapts, over every MoE causal LM of transformers and the mixed kinds of layers
+they can have; and that one set of adapters never goes over another."""
 
 import re
 import warnings
@@ -20,7 +20,8 @@ from bmoe_utils.lora_targets import adapters, lora_targets
 PROTOCOL = ["k_proj", "q_proj", "v_proj"]
 LATENT = ["kv_a_proj_with_mqa", "kv_b_proj", "q_a_proj", "q_b_proj"]
 TWO = {"layer_types": ["linear_attention", "full_attention"]}
-# What the tiny configs of the architectures leave out: layers of both kinds, queries without a low rank, shared keys and values.
+# What the tiny configs of the architectures leave out: layers of both kinds, queries without a low
+# rank, shared keys and values.
 VARIANTS = {
     "bailing_hybrid+latent": TWO,
     "deepseek_v2+lite": {"q_lora_rank": None},
@@ -30,8 +31,14 @@ VARIANTS = {
     "kimi_linear+latent": TWO,
     "qwen3_5_moe_text+attention": TWO,
     "qwen3_next+attention": TWO,
-    "qwen4_exp_text+attention": {"layer_types": ["linear_attention", "indexed_attention"], "indexer_n_heads": 2, "indexer_kv_heads": 1,
-                                 "indexer_head_dim": 8, "indexer_budget": 64, "indexer_compress_ratio": 1},
+    "qwen4_exp_text+attention": {
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 1,
+    },
 }
 # By the last part of the name, where it is not the protocol's in all layers.
 EXPECTED = {
@@ -57,11 +64,17 @@ def mixes_tokens(module: nn.Module) -> bool:
 def test_every_layer_with_attention_is_adapted_and_nothing_else_is_trained(case):
     kind = case.partition("+")[0]
     model, batch = build(kind, **VARIANTS.get(case, {})), batch_for(kind)
-    if kind == "zaya":  # its build leaves a scale of the keys at zero, where no gradient reaches q and k
+    if (
+        kind == "zaya"
+    ):  # its build leaves a scale of the keys at zero, where no gradient reaches q and k
         for layer in model.model.layers:
             nn.init.ones_(layer.self_attn.qk_norm.temp)
     # both before any adapter wraps a layer
-    attending = {n.split(".")[2] for n, m in model.named_modules() if n.startswith("model.layers.") and mixes_tokens(m)}
+    attending = {
+        n.split(".")[2]
+        for n, m in model.named_modules()
+        if n.startswith("model.layers.") and mixes_tokens(m)
+    }
     layers = {str(i) for i in range(len(model.model.layers))}
     with torch.no_grad():
         expected = bm.option_logits(model, batch)
@@ -72,7 +85,9 @@ def test_every_layer_with_attention_is_adapted_and_nothing_else_is_trained(case)
     with torch.no_grad():  # B = 0
         assert torch.equal(bm.option_logits(adapted, batch), expected)
 
-    names = [n.removeprefix("base_model.model.").removesuffix(".default") for n in lora_linears(adapted)]
+    names = [
+        n.removeprefix("base_model.model.").removesuffix(".default") for n in lora_linears(adapted)
+    ]
     assert {n.split(".")[2] for n in names} == attending
     assert said == ([] if attending == layers else [said[0]])
     for layer in layers - attending:
@@ -91,7 +106,9 @@ def test_every_layer_with_attention_is_adapted_and_nothing_else_is_trained(case)
 
 
 def test_where_q_k_and_v_exist_the_adapters_are_those_of_these_names_bit_for_bit():
-    by_name = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules=["q_proj", "k_proj", "v_proj"])
+    by_name = LoraConfig(
+        r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules=["q_proj", "k_proj", "v_proj"]
+    )
     plain = tiny_model(dtype=torch.float32)
     set_seed(3)
     expected = get_peft_model(plain, by_name)
@@ -99,26 +116,52 @@ def test_where_q_k_and_v_exist_the_adapters_are_those_of_these_names_bit_for_bit
     state = expected.state_dict()
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert sorted(model.peft_config["default"].target_modules) == PROTOCOL  # what a saved adapter says
+    assert (
+        sorted(model.peft_config["default"].target_modules) == PROTOCOL
+    )  # what a saved adapter says
 
 
 def test_whole_names_where_the_ends_would_select_more():
     model = build("deepseek_v4")  # its attention's compressor has a kv_proj too
     targets = lora_targets(model)
-    assert len(targets) == 6 and all(t.startswith("model.layers.") and "compressor" not in t for t in targets)
-    assert {n.removeprefix("base_model.model.").removesuffix(".default") for n in lora_linears(train.add_lora(model))} == set(targets)
+    assert len(targets) == 6 and all(
+        t.startswith("model.layers.") and "compressor" not in t for t in targets
+    )
+    assert {
+        n.removeprefix("base_model.model.").removesuffix(".default")
+        for n in lora_linears(train.add_lora(model))
+    } == set(targets)
 
 
-@pytest.mark.parametrize("targets, expected", [
-    (["o_proj"], {"o_proj"}), (r".*layers\.\d\.self_attn\.[qo]_proj", {"q_proj", "o_proj"}),
-    ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "shared_expert_gate"})])
+@pytest.mark.parametrize(
+    "targets, expected",
+    [
+        (["o_proj"], {"o_proj"}),
+        (r".*layers\.\d\.self_attn\.[qo]_proj", {"q_proj", "o_proj"}),
+        (
+            "all-linear",
+            {
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                "gate_proj",
+                "up_proj",
+                "down_proj",
+                "shared_expert_gate",
+            },
+        ),
+    ],
+)
 def test_other_targets_are_taken_as_peft_takes_them(targets, expected):
     names = lora_linears(train.add_lora(tiny_model(), target_modules=targets))
     assert {n.split(".")[-2] for n in names} == expected
 
 
 def test_layers_that_the_callers_targets_leave_out_are_named():
-    with pytest.warns(UserWarning, match=r"1 decoder layers have no LoRA adapter.*: model\.layers\.1$"):
+    with pytest.warns(
+        UserWarning, match=r"1 decoder layers have no LoRA adapter.*: model\.layers\.1$"
+    ):
         train.add_lora(tiny_model(), target_modules=["layers.0.self_attn.q_proj"])
 
 
@@ -126,7 +169,9 @@ def test_no_attention_to_be_found_says_what_to_do():
     model = tiny_model()
     for layer in model.model.layers:
         layer.inside, layer.self_attn = layer.self_attn, None
-    with pytest.raises(ValueError, match="no attention was found in Qwen2MoeForCausalLM's.*target_modules="):
+    with pytest.raises(
+        ValueError, match="no attention was found in Qwen2MoeForCausalLM's.*target_modules="
+    ):
         train.add_lora(model)
     assert adapters(model) == []
 
@@ -140,12 +185,24 @@ def test_the_adapters_of_a_half_precision_model_are_float32():
 
 def test_an_offloaded_model_is_adapted_too(tmp_path):
     from accelerate import dispatch_model
-    whole, model, batch = tiny_model(dtype=torch.float32), tiny_model(dtype=torch.float32), tiny_batch()
-    places = dict.fromkeys(["model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
-    dispatch_model(model, places | {"model.layers.0": "disk"}, main_device="cpu", offload_dir=str(tmp_path))
+
+    whole, model, batch = (
+        tiny_model(dtype=torch.float32),
+        tiny_model(dtype=torch.float32),
+        tiny_batch(),
+    )
+    places = dict.fromkeys(
+        ["model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
+    )
+    dispatch_model(
+        model, places | {"model.layers.0": "disk"}, main_device="cpu", offload_dir=str(tmp_path)
+    )
     whole, model = train.add_lora(whole), train.add_lora(model)
     matrices = train.adapted_weights(model)
-    assert not any(p.is_meta for p in matrices.values()) and model.model.model.layers[0].self_attn.q_proj.weight.is_meta
+    assert (
+        not any(p.is_meta for p in matrices.values())
+        and model.model.model.layers[0].self_attn.q_proj.weight.is_meta
+    )
     assert all(p.abs().max() > 0 for k, p in matrices.items() if "lora_A" in k)
     with torch.no_grad():
         for k, p in train.adapted_weights(whole).items():
@@ -154,14 +211,17 @@ def test_an_offloaded_model_is_adapted_too(tmp_path):
     torch.testing.assert_close(a, b)
 
 
-# ---- a model that has adapters --------------------------------------------------------------------------------------
+# ---- a model that has adapters
+# --------------------------------------------------------------------------------------
 def wrapped():
     return train.add_lora(tiny_model())
 
 
 def injected():
     model = tiny_model()
-    model.add_adapter(LoraConfig(target_modules=["q_proj"]), adapter_name="mine")  # transformers' own way
+    model.add_adapter(
+        LoraConfig(target_modules=["q_proj"]), adapter_name="mine"
+    )  # transformers' own way
     return model
 
 
@@ -170,10 +230,15 @@ def inside():
 
 
 def prompts():
-    return get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    return get_peft_model(
+        tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
 
 
-@pytest.mark.parametrize("make, name", [(wrapped, "default"), (injected, "mine"), (inside, "default"), (prompts, "default")])
+@pytest.mark.parametrize(
+    "make, name",
+    [(wrapped, "default"), (injected, "mine"), (inside, "default"), (prompts, "default")],
+)
 def test_a_second_set_of_adapters_is_refused_and_the_first_untouched(make, name):
     model = make()
     with torch.no_grad():
@@ -181,11 +246,15 @@ def test_a_second_set_of_adapters_is_refused_and_the_first_untouched(make, name)
             if "lora_B" in k:
                 p.normal_()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"already has an adapter \('{name}'\).*merge_and_unload") as error:
+    with pytest.raises(
+        ValueError, match=rf"already has an adapter \('{name}'\).*merge_and_unload"
+    ) as error:
         train.add_lora(model, seed=1)
     assert "\n" not in str(error.value)
     after = model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in after.items())
+    assert after.keys() == before.keys() and all(
+        torch.equal(v, before[k]) for k, v in after.items()
+    )
 
 
 def test_a_merged_model_takes_new_adapters():
