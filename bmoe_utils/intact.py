@@ -12,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in place of a large file
 AGAIN = "copy or download it again"
+# What a header that is no JSON, or not that of tensors, ends in.
+DAMAGED = (json.JSONDecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError)
+DAMAGED += (AttributeError, SafetensorError)
 
 
 def _beginning(path: Path, size: int) -> bytes:
@@ -49,15 +52,7 @@ def tensors(path: Path) -> dict[str, list[int]]:
             raise ValueError(f"{path} is cut short ({size:,} of {expected:,} bytes): {AGAIN}")
         with safe_open(path, "pt") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except (
-        SafetensorError,
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"{path} has a damaged header ({' '.join(str(error).split())[:100]}): {AGAIN}"
         ) from None
@@ -69,9 +64,7 @@ def check_weights(path: Path) -> None:
         tensors(path)
     elif (start := _beginning(path, len(POINTER))) == POINTER:
         raise ValueError(f"{path} is a Git LFS pointer, not the weights: git lfs pull")
-    elif not zipfile.is_zipfile(path) and not start.startswith(
-        b"\x80"
-    ):  # a pickle, as very old ones are
+    elif not zipfile.is_zipfile(path) and not start.startswith(b"\x80"):  # very old: a pickle
         raise ValueError(
             f"{path} is cut short or no file of torch's ({path.stat().st_size:,} bytes): {AGAIN}"
         )
@@ -93,8 +86,10 @@ def check_index(path: Path) -> list[str]:
         if not (shard := path.with_name(name)).is_file():
             continue
         check_weights(shard)
-        lost = [k for k, v in places.items() if v == name] if shard.suffix == ".safetensors" else []
-        if lost := [k for k in lost if k not in tensors(shard)]:
+        if shard.suffix != ".safetensors":
+            continue
+        has = tensors(shard)
+        if lost := [k for k, v in places.items() if v == name and k not in has]:
             raise ValueError(
                 f"{path} looks for {lost[0]!r} in {name}, which does not have it: index and "
                 f"weights are of different checkpoints, or one is damaged; {AGAIN}"
