@@ -146,10 +146,14 @@ def _named_base(folder: Path) -> tuple[str, str | None]:
 
 
 def commit(name_or_path: str | Path, revision: str | None = None) -> str | None:
-    """The commit of the hub's model that is in the cache under the revision; None for a folder."""
+    """The commit of the hub's model or adapter that is in the cache under the revision; None for a
+    folder."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(name_or_path).is_dir():
         return None
-    file = try_to_load_from_cache(str(name_or_path), "config.json", revision=revision)
-    return Path(file).parent.name if isinstance(file, str) else None
+    for name in ("config.json", ADAPTER):
+        file = try_to_load_from_cache(str(name_or_path), name, revision=revision)
+        if isinstance(file, str):
+            return Path(file).parent.name
+    return None

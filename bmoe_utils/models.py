@@ -46,8 +46,9 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A transformers MoE causal LM and its tokenizer (padding on the left), from a local folder or a hub id.
 
-    Either may be a peft adapter: its base model, with the adapter merged in, and the tokenizer and chat template it was saved with
-    (:mod:`~bmoe_utils.adapters`). A relative path to the base counts from the adapter's folder, or else from the working directory.
+    Either may be a peft adapter: its base model, with the adapter merged in, and the tokenizer and
+    chat template it was saved with (:mod:`~bmoe_utils.adapters`). A relative path to the base counts
+    from the adapter's folder, or else from the working directory.
 
     Args:
         dtype: of the weights; ``"auto"`` as the checkpoint has them.
@@ -63,10 +64,15 @@ def load_model(
     ``ValueError`` if it has no mixture-of-experts layer, or experts that no gradient passes.
     """
     folder = checkpoints.require(name_or_path, revision)
-    how = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code, "quantization_config": quantization_config,
-           "max_memory": max_memory, "offload_folder": offload_folder}
     if folder is not None and checkpoints.is_adapter(folder):
-        return load_adapted(folder, lambda base, at: load_model(base, revision=at, **how), trust_remote_code=trust_remote_code)
+        how = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code,
+               "quantization_config": quantization_config, "max_memory": max_memory,
+               "offload_folder": offload_folder}
+        model, tokenizer = load_adapted(
+            folder, lambda base, at: load_model(base, revision=at, **how),
+            trust_remote_code=trust_remote_code)
+        model.config._commit_hash = checkpoints.commit(name_or_path, revision)
+        return model, tokenizer
     here = {"revision": revision, "local_files_only": folder is not None}
     description, _ = PreTrainedConfig.get_config_dict(name_or_path, **here)
     if description.get("model_type") == "deepseek":
@@ -74,20 +80,22 @@ def load_model(
         deepseek.register()
     quantised = description.get("quantization_config") or {}
     if not isinstance(quantised, dict):
-        raise ValueError(f"no model can be built from the config.json of {name_or_path}: quantization_config is "
-                         f"{quantised!r}, not an object")
+        raise ValueError(f"no model can be built from the config.json of {name_or_path}: "
+                         f"quantization_config is {quantised!r}, not an object")
     packed = quantised.get("quant_method")
     if quantization_config is None and packed in UNPACKING:
         quantization_config = UNPACKING[packed](dequantize=True)
     where = {**here, "trust_remote_code": trust_remote_code}
     try:
         AutoConfig.from_pretrained(name_or_path, **where)
-    except Exception as error:  # a type that nobody knows, code that is not to be run, a value out of range
-        raise ValueError(f"no model can be built from the config.json of {name_or_path}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # an unknown type, code that is not to be run, a value out of range
+        raise ValueError(f"no model can be built from the config.json of {name_or_path}: "
+                         f"{' '.join(str(error).split())}") from error
     tokenizer = read_tokenizer(name_or_path, **where)
     options = {"quantization_config": quantization_config, "max_memory": max_memory, "offload_folder": offload_folder}
     model, read = AutoModelForCausalLM.from_pretrained(
-        name_or_path, dtype=dtype, device_map=device_map, **where, output_loading_info=True, ignore_mismatched_sizes=True,
+        name_or_path, dtype=dtype, device_map=device_map, **where,
+        output_loading_info=True, ignore_mismatched_sizes=True,  # what is found then is refused below
         **{k: v for k, v in options.items() if v is not None})
     _check_weights(name_or_path, read)
     _check_experts(model)
@@ -98,11 +106,15 @@ def load_model(
 
 
 def _check_weights(name: str | Path, read: Mapping) -> None:
-    """``ValueError`` for weights that the checkpoint lacks or has in another size, which would stay random numbers."""
-    lost = sorted(read["missing_keys"]) + [f"{k} ({list(has)}, not {list(wanted)})" for k, has, wanted in sorted(read["mismatched_keys"])]
+    """``ValueError`` for weights that the checkpoint lacks or has in another size, which would stay
+    random numbers."""
+    lost = sorted(read["missing_keys"])
+    for key, has, wanted in sorted(read["mismatched_keys"]):
+        lost.append(f"{key} ({list(has)}, not {list(wanted)})")
     if lost:
-        raise ValueError(f"the weights of {name} do not fit its config.json: {len(lost)} are not there or of another size, "
-                         f"such as {', '.join(lost[:3])}; copy or download both again")
+        raise ValueError(f"the weights of {name} do not fit its config.json: {len(lost)} are not "
+                         f"there or of another size, such as {', '.join(lost[:3])}; copy or "
+                         "download both again")
 
 
 def _check_experts(model: PreTrainedModel) -> None:

@@ -212,12 +212,12 @@ def test_a_relative_base_counts_from_the_adapter_first(base, tmp_path, monkeypat
     torch.testing.assert_close(read_out(bm.load_model(folder)[0], ROWS), read_out(model, ROWS))
 
 
-def to_cache(folder, cache, name):
+def to_cache(folder, cache, name, commit=COMMIT):
     repo = cache / f"models--{name.replace('/', '--')}"
     (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text(COMMIT)
-    shutil.copytree(folder, repo / "snapshots" / COMMIT)
-    return repo / "snapshots" / COMMIT
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, repo / "snapshots" / commit)
+    return repo / "snapshots" / commit
 
 
 def test_an_adapter_on_the_hub_is_found_in_its_cache_with_its_base(base, tmp_path, monkeypatch):
@@ -233,7 +233,7 @@ def test_an_adapter_on_the_hub_is_found_in_its_cache_with_its_base(base, tmp_pat
     ) as error:
         bm.load_model("some/lora")
     assert "\n" not in str(error.value)
-    to_cache(base, cache, "some/moe")
+    to_cache(base, cache, "some/moe", commit=COMMIT[::-1])
     for revision in (None, COMMIT):
         merged, own = bm.load_model("some/lora", revision=revision)
         assert own.encode("<x0>") == [ROWS] and merged.config._commit_hash == COMMIT
