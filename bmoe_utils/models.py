@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     FineGrainedFP8Config,
     GraniteMoeConfig,
     Mxfp4Config,
@@ -27,6 +25,7 @@ from transformers import (
 )
 
 from . import checkpoints
+from .adapters import load_adapted, read_tokenizer
 from .capture import expert_layers, serve_experts, unwrap
 from .precision import at_least_float32, moved
 
@@ -48,7 +47,9 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A transformers MoE causal LM and its tokenizer (padding on the left), from a local folder or a hub id.
 
-    The folder may be that of a peft adapter: its base model, with the adapter merged in.
+    Either may be a peft adapter: its base model, with the adapter merged in, and the tokenizer and
+    chat template it was saved with (:mod:`~bmoe_utils.adapters`). A relative path to the base counts
+    from the adapter's folder, or else from the working directory.
 
     Args:
         dtype: of the weights; ``"auto"`` as the checkpoint has them.
@@ -63,33 +64,58 @@ def load_model(
     The model is in eval mode. ``FileNotFoundError``, of one line and at once, if it is not here and cannot be had, or not whole.
     ``ValueError`` if it has no mixture-of-experts layer, or experts that no gradient passes.
     """
-    if (adapter := Path(name_or_path) / "adapter_config.json").is_file() and not adapter.with_name("config.json").is_file():
-        described = json.loads(adapter.read_text(encoding="utf-8"))
-        model, tokenizer = load_model(
-            described["base_model_name_or_path"], dtype=dtype, device_map=device_map, revision=described.get("revision"),
-            trust_remote_code=trust_remote_code, quantization_config=quantization_config, max_memory=max_memory,
-            offload_folder=offload_folder)
-        return PeftModel.from_pretrained(model, str(name_or_path)).merge_and_unload().eval(), tokenizer
-    here = {"revision": revision, "local_files_only": checkpoints.require(name_or_path, revision)}
+    folder = checkpoints.require(name_or_path, revision)
+    if folder is not None and checkpoints.is_adapter(folder):
+        how = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code,
+               "quantization_config": quantization_config, "max_memory": max_memory,
+               "offload_folder": offload_folder}
+        model, tokenizer = load_adapted(
+            folder, lambda base, at: load_model(base, revision=at, **how),
+            trust_remote_code=trust_remote_code)
+        model.config._commit_hash = checkpoints.commit(name_or_path, revision)
+        return model, tokenizer
+    here = {"revision": revision, "local_files_only": folder is not None}
     description, _ = PreTrainedConfig.get_config_dict(name_or_path, **here)
     if description.get("model_type") == "deepseek":
         from . import deepseek
         deepseek.register()
-    packed = (description.get("quantization_config") or {}).get("quant_method")
+    quantised = description.get("quantization_config") or {}
+    if not isinstance(quantised, dict):
+        raise ValueError(f"no model can be built from the config.json of {name_or_path}: "
+                         f"quantization_config is {quantised!r}, not an object")
+    packed = quantised.get("quant_method")
     if quantization_config is None and packed in UNPACKING:
         quantization_config = UNPACKING[packed](dequantize=True)
     where = {**here, "trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left", **where)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    try:
+        AutoConfig.from_pretrained(name_or_path, **where)
+    except Exception as error:  # an unknown type, code that is not to be run, a value out of range
+        raise ValueError(f"no model can be built from the config.json of {name_or_path}: "
+                         f"{' '.join(str(error).split())}") from error
+    tokenizer = read_tokenizer(name_or_path, **where)
     options = {"quantization_config": quantization_config, "max_memory": max_memory, "offload_folder": offload_folder}
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, device_map=device_map, **where,
-                                                 **{k: v for k, v in options.items() if v is not None})
+    model, read = AutoModelForCausalLM.from_pretrained(
+        name_or_path, dtype=dtype, device_map=device_map, **where,
+        output_loading_info=True, ignore_mismatched_sizes=True,  # what is found then is refused below
+        **{k: v for k, v in options.items() if v is not None})
+    _check_weights(name_or_path, read)
     _check_experts(model)
     if packed in UNPACKING and not getattr(model, "is_quantized", False):
         vars(model).pop("_weight_conversions", None)  # or save_pretrained would take the weights for packed ones
     model.config._commit_hash = checkpoints.commit(name_or_path, revision)
     return serve_experts(model).eval(), tokenizer
+
+
+def _check_weights(name: str | Path, read: Mapping) -> None:
+    """``ValueError`` for weights that the checkpoint lacks or has in another size, which would stay
+    random numbers."""
+    lost = sorted(read["missing_keys"])
+    for key, has, wanted in sorted(read["mismatched_keys"]):
+        lost.append(f"{key} ({list(has)}, not {list(wanted)})")
+    if lost:
+        raise ValueError(f"the weights of {name} do not fit its config.json: {len(lost)} are not "
+                         f"there or of another size, such as {', '.join(lost[:3])}; copy or "
+                         "download both again")
 
 
 def _check_experts(model: PreTrainedModel) -> None:

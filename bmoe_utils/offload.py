@@ -5,6 +5,7 @@ Such a parameter is on the ``meta`` device until its module runs. What needs its
 
 from __future__ import annotations
 
+import torch
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
@@ -17,6 +18,11 @@ def values(module: nn.Module, name: str) -> Tensor:
         return tensor
     with align_module_device(module):
         return getattr(module, name)
+
+
+def runs_on(module: nn.Module) -> torch.device:
+    """The device that an offloaded module's values are brought to when it runs."""
+    return torch.device(module._hf_hook.execution_device)
 
 
 def keep(module: nn.Module) -> None:

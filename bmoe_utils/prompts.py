@@ -6,13 +6,14 @@ import random
 import re
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from .chat import Chat, once
 from .questions import LETTERS
 from .world import cloze_prompt
 
@@ -79,6 +80,8 @@ def make_loader(
     max_length: int | None = None,
     shots: Sequence[dict] = (),
     chat: bool = False,
+    chat_template_kwargs: Mapping | None = None,
+    assistant_prefix: str | None = None,
 ) -> DataLoader:
     """Batches of prompts, padded on the left: a dict of ``input_ids [B, T]``, ``attention_mask [B, T]``,
     ``option_ids [B, C]`` (-1: fewer options), ``labels [B]`` (-1: unknown), and ``p_star [B, C]`` where every item has it.
@@ -90,28 +93,44 @@ def make_loader(
             options or ``Answer:``; a warning counts such prompts, and the loader's ``cut_passages`` says by the item's id
             how many characters went. ``ValueError`` where the passage is not enough.
         shots: items, from the training split (or MMLU's ``dev``), that stand answered before each question.
-        chat: through the tokenizer's chat template, for instruct models; the assistant's turn begins with ``Answer:``.
+        chat: through the tokenizer's chat template, for instruct models; the assistant's turn begins with ``Answer:``. A
+            warning, once a loader, where that would stand inside of the model's reasoning.
+        chat_template_kwargs: the chat template's own arguments, for instance ``{"enable_thinking": False}``.
+        assistant_prefix: with ``chat``, what stands between the template's generation prompt and ``Answer:``, for
+            instance ``"</think>"``. By default what the template itself writes before an answer (:mod:`~bmoe_utils.chat`).
+
+    A prompt has the tokenizer's beginning-of-text token once where it or the template puts one, and nothing after ``Answer:``.
     """
     readout = readout or getattr(items, "readout", "letters")
     if readout not in READOUTS:
         raise ValueError(f"readout {readout!r} is not 'letters' or 'cloze'")
-    if chat and not tokenizer.chat_template:
-        raise ValueError("this tokenizer has no chat template: chat=True is for instruct models")
+    if not chat and (chat_template_kwargs or assistant_prefix):
+        raise ValueError("chat_template_kwargs and assistant_prefix are for chat=True")
+    laid_out = Chat(tokenizer, ANSWER, chat_template_kwargs or {}, assistant_prefix) if chat else None
     _check_shots(shots, items)
 
     def wording(item: dict) -> str:
-        if chat:  # the template writes the special tokens itself
-            return tokenizer.apply_chat_template(conversation(item, readout, shots), tokenize=False, add_generation_prompt=True) + ANSWER
+        if laid_out:
+            return laid_out.text(conversation(item, readout, shots))
         solved = [prompt(shot, readout) + options(shot, readout)[shot["answer"]] for shot in shots]
         return "\n\n".join([*solved, prompt(item, readout)])
 
-    def encode(items: Sequence[dict]) -> list[list[int]]:
-        return tokenizer([wording(item) for item in items], add_special_tokens=not chat)["input_ids"] if items else []
+    def encode(items: Sequence[dict], after: str = "") -> list[list[int]]:
+        if not items:
+            return []
+        texts = [wording(item) + after for item in items]
+        return [once(ids, tokenizer) for ids in (laid_out.ids(texts) if laid_out else tokenizer(texts)["input_ids"])]
 
     items = list(items)
+    if laid_out and items:
+        laid_out.settle(conversation(items[0], readout, shots))
     token = option_tokens(tokenizer, (text for item in items for text in options(item, readout)))
-    encoded, cut = [], {}
-    for item, ids in zip(items, encode(items), strict=True):  # all at once: one by one takes several times as long
+    prompts, encoded, cut = encode(items), [], {}  # all at once: one by one takes several times as long
+    for text in options(items[0], readout) if items else ():  # what stands before Answer: is alike in all
+        if encode(items[:1], text)[0] != [*prompts[0], token[text]]:
+            raise ValueError(f"after a prompt that ends in {wording(items[0])[-40:]!r} the option {text!r} is not the token that is "
+                             "read out for it: another tokenizer is needed, or in a chat another assistant_prefix=")
+    for item, ids in zip(items, prompts, strict=True):
         if max_length is not None and len(ids) > max_length:
             ids, cut[item["id"]] = _cut_passage(item, lambda shorter: encode([shorter])[0], len(ids), max_length)
         option_ids = [token[text] for text in options(item, readout)]

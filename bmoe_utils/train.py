@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup, set_seed
 
+from . import offload
 from .capture import serve_experts
+from .lora_targets import adapters, lora_targets, without_adapter
 from .models import option_logits, to_device
 from .progress import track
 from .tasks import length_batches
@@ -63,18 +67,59 @@ def pretrain(
     return losses
 
 
-def add_lora(model: PreTrainedModel, *, rank: int = 8, alpha: int = 16, dropout: float = 0.0, seed: int = 0) -> nn.Module:
-    """LoRA on the attention's q, k and v projections through peft; everything else frozen."""
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    rank: int = 8,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    seed: int = 0,
+    target_modules: str | Sequence[str] | None = None,
+) -> nn.Module:
+    """LoRA on the attention's q, k and v projections through peft, or what a decoder layer has in
+    their place (:mod:`~bmoe_utils.lora_targets`); everything else frozen. The matrices of a bf16 or
+    fp16 model are float32.
+
+    Args:
+        target_modules: the linear layers to adapt instead, as peft takes them: names or their ends,
+            a regular expression of the whole name, or ``"all-linear"``.
+
+    A warning names the decoder layers left without an adapter. ``ValueError``, before anything is
+    changed, for a model that has adapters already, and where no linear layer is found to adapt.
+    """
+    if has := adapters(model):
+        raise ValueError(f"this {type(model).__name__} already has an adapter "
+                         f"({', '.join(map(repr, has))}), which another one would overwrite: merge it "
+                         "first (model = model.merge_and_unload()), or take the model without it")
+    targets = lora_targets(model) if target_modules is None else target_modules
     set_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM",
-                        target_modules=["q_proj", "k_proj", "v_proj"])
-    return get_peft_model(model, config)
+                        target_modules=targets if isinstance(targets, str) else list(targets))
+    adapted = get_peft_model(model, config)
+    for module in adapted.modules():
+        # as peft leaves it where the layer is offloaded
+        if isinstance(module, LoraLayer) and module.lora_A["default"].weight.is_meta:
+            for matrix in (module.lora_A, module.lora_B):
+                matrix.to_empty(device=offload.runs_on(module.get_base_layer()))
+            module.reset_lora_parameters("default", init_lora_weights=True)
+    if bare := without_adapter(model):
+        warnings.warn(f"{len(bare)} decoder layers have no LoRA adapter, since none of their linear "
+                      f"layers is one of {targets}: {', '.join(bare)}", stacklevel=2)
+    return adapted
 
 
 def adapted_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that fine-tuning trains, by name: those of LoRA if the model has any, else all."""
+    """The parameters that fine-tuning trains, by name: those of the active LoRA adapters if the model
+    has any, else all."""
     own = dict(model.named_parameters())
-    return {k: v for k, v in own.items() if "lora_" in k} or own
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    if not layers:
+        return own
+    active = {adapter for m in layers for adapter in m.active_adapters}
+    held = [getattr(m, name) for m in layers for name in m.adapter_layer_names]  # adapter -> matrix
+    chosen = {id(p) for parts in held for name, p in parts.named_parameters()
+              if name.partition(".")[0] in active}
+    return {k: v for k, v in own.items() if id(v) in chosen}
 
 
 def answer_nll(logits: Tensor, labels: Tensor) -> Tensor:

@@ -119,11 +119,12 @@ def found() -> tuple[tuple[str, ...], dict[str, str]]:
     return tuple(sorted(types)), dict(sorted(wrappers.items()))
 
 
-def build(kind: str) -> PreTrainedModel:
-    """A tiny random model of the type in float64, its weights large enough that every nonlinearity bends."""
+def build(kind: str, **overrides) -> PreTrainedModel:
+    """A tiny random model of the type in float64, its weights large enough that every nonlinearity bends; ``overrides`` are of its
+    config."""
     config = CONFIG_MAPPING[kind]
     names = {f.name for f in dataclasses.fields(config)} - set(config.attribute_map)
-    config = config(**{k: v for k, v in SMALL.items() if k in names} | OVERRIDES.get(kind, {}))
+    config = config(**{k: v for k, v in SMALL.items() if k in names} | OVERRIDES.get(kind, {}) | overrides)
     set_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
     with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_batch, tiny_model, write_checkpoint
 from torch.nn.functional import silu
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 import bmoe_utils as bm
@@ -247,22 +247,22 @@ def test_experts_that_no_gradient_passes_are_refused(tmp_path, monkeypatch):
     load = AutoModelForCausalLM.from_pretrained
 
     def packing(*args, **kwargs):
-        model = load(*args, **kwargs)
+        model, read = load(*args, **kwargs)
         model.is_quantized = True
         for module in expert_layers(model).values():
             module.down_proj = torch.nn.Parameter(module.down_proj.to(torch.int8), False)
-        return model
+        return model, read
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", packing)
     with pytest.raises(ValueError, match=r"experts as torch.int8, which no gradient passes.*dequantize=True"):
         bm.load_model(tmp_path)
 
     def replacing(*args, **kwargs):
-        model = load(*args, **kwargs)
+        model, read = load(*args, **kwargs)
         model.is_quantized = True
         for layer in model.model.layers:
             layer.mlp.experts = torch.nn.Identity()
-        return model
+        return model, read
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", replacing)
     with pytest.raises(ValueError, match="modules of the quantisation's own"):
@@ -352,7 +352,7 @@ def checkpoint(tmp_path):
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
     """A message is worth most before the work: loading would fail these tests."""
-    for loader in (AutoModelForCausalLM, models.AutoTokenizer):
+    for loader in (AutoModelForCausalLM, AutoTokenizer):
         monkeypatch.setattr(loader, "from_pretrained", lambda *a, **k: pytest.fail("loading began"))
 
 
