@@ -22,7 +22,7 @@ PARAMETERS = ("profile", "task", "model", "overrides")         # what every note
 HEARTBEAT_S = 30
 # The type of a profile's value -> the types that may be given in its place.
 KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), list: (list,), dict: (dict,), type(None): (type(None),)}
-ALSO = {"device_map": {dict}, "chat_template_kwargs": {dict}, "lora_targets": {list}}     # as transformers and peft take them
+ALSO = {"device_map": {dict}, "chat_template_kwargs": {dict}, "lora_targets": {list, str}}     # as transformers and peft take them
 # Side by side, these chapters begin first, in this order: the one whose models all others rest on, beside it the one that has work to
 # do before these are there, then the long ones, each beside others that rest on other artefacts. Short ones fill what is left.
 EARLY = ("01", "13", "08", "02", "11", "07", "06", "03", "04", "09", "12")
