@@ -285,7 +285,7 @@ class Fit:
             known = {name.format(r) for r in range(self.ranks.size)}
             if folder.exists() and any(p.name not in known and not p.name.startswith(".") for p in folder.iterdir()):
                 raise ValueError(f"{folder} holds something else than checkpoints of {self.ranks.size} ranks; give the fit it belongs to "
-                                 "as many ranks as it had, or remove the folder to start over")
+                                 "as many ranks as it had, or a new or an empty folder")
             folder = folder / name.format(self.ranks.rank)
         self._state = Checkpoint(folder, key)
         saved = self._state.load()
