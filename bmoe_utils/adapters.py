@@ -52,18 +52,17 @@ def load_adapted(
     devices = vars(model).pop("hf_device_map", None)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            warnings.filterwarnings("error", "Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, str(folder), low_cpu_mem_usage=True)
-    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+    except (ValueError, RuntimeError, TypeError, KeyError, UserWarning) as error:
         raise ValueError(
             f"the adapter {folder} does not fit its base {name}: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
-    if lost := _misplaced(model, places, PEFT_TYPE_TO_PREFIX_MAPPING[kind]):
+    if lost := _left_out(model, places, PEFT_TYPE_TO_PREFIX_MAPPING[kind]):
         raise ValueError(
-            f"the adapter {folder} does not fit its own {checkpoints.ADAPTER}: {len(lost)} layers "
-            "are named there and not in its weights or the other way round, such as "
-            f"{', '.join(lost[:3])}"
+            f"the adapter {folder} does not fit its base {name}: {len(lost)} of the layers that it "
+            f"saved have no place there or are not in its target_modules, such as {lost[0]}"
         )
     _untie_adapted(model)
     model = adapted.merge_and_unload()
@@ -141,13 +140,13 @@ def _places(model: PreTrainedModel, saved: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _misplaced(model: PreTrainedModel, places: Mapping[str, str], prefix: str) -> list[str]:
-    """The layers that were saved but are not adapted, and those that are but were not saved."""
-    own = {name: name.removeprefix(f"{place}.") for name, place in places.items() if prefix in name}
-    saved = {places[name] for name, part in own.items() if part.startswith(prefix)}
-    adapted = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-    fused = any(not part.startswith(prefix) for part in own.values())  # experts by number, as saved
-    return sorted(saved - adapted if fused else saved ^ adapted)
+def _left_out(model: PreTrainedModel, places: Mapping[str, str], prefix: str) -> list[str]:
+    """The saved layers that peft did not adapt, of which it says nothing: what ``target_modules``
+    does not name, and experts saved one by one in a model where it cannot fuse them."""
+    adapted = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    served = {name[:i] for name in adapted for i, c in enumerate(f"{name}.") if c == "."} | {""}
+    lost = [name for name, at in places.items() if f".{prefix}" in name and at not in served]
+    return list(dict.fromkeys(name.partition(f".{prefix}")[0] for name in lost))
 
 
 def _rows(model: PreTrainedModel, saved: Mapping[str, list[int]]) -> int | None:

@@ -142,7 +142,8 @@ def _named_base(folder: Path) -> tuple[str, str | None]:
             f"{folder / ADAPTER} names no base model: put the model that the adapter was trained "
             "on in base_model_name_or_path"
         )
-    return str(beside) if (beside := folder / name).is_dir() else name, described.get("revision")
+    base = str(folder / name) if (folder / name).is_dir() else name
+    return base, None if Path(base).is_dir() else described.get("revision")
 
 
 def commit(name_or_path: str | Path, revision: str | None = None) -> str | None:

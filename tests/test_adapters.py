@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import tiny_batch
 from transformers import AutoModelForCausalLM
 
@@ -209,6 +210,8 @@ def test_a_relative_base_counts_from_the_adapter_first(base, tmp_path, monkeypat
     torch.testing.assert_close(read_out(bm.load_model(folder)[0], ROWS), read_out(model, ROWS))
     shutil.move(tmp_path / "runs" / "base", elsewhere / "mine")
     rename_base(folder, "mine")  # only from the working directory
+    description = json.loads((folder / "adapter_config.json").read_text()) | {"revision": "main"}
+    (folder / "adapter_config.json").write_text(json.dumps(description))  # of the hub's base, once
     torch.testing.assert_close(read_out(bm.load_model(folder)[0], ROWS), read_out(model, ROWS))
 
 
@@ -277,3 +280,17 @@ def test_an_adapter_that_cannot_be_merged_is_refused_before_its_base_is_loaded(
     )
     with pytest.raises(ValueError, match="peft_type 'PREFIX_TUNING', which cannot be merged"):
         bm.load_model(tmp_path / "adapter")
+
+
+def test_adapters_of_single_experts_are_merged_or_refused_but_never_dropped(base, tmp_path):
+    """As saved before experts were fused: peft takes them in some architectures, drops them in
+    others."""
+    folder = tmp_path / "adapter"
+    adapted(base, target_modules=["down_proj"]).save_pretrained(folder)  # the shared expert's
+    path = folder / "adapter_model.safetensors"
+    saved, one = load_file(path), "base_model.model.model.layers.0.mlp.experts.1.down_proj"
+    experts = {f"{one}.lora_A.weight": torch.ones(2, 16), f"{one}.lora_B.weight": torch.ones(16, 2)}
+    save_file(saved | experts, path)
+    said = r"1 of the layers that it saved .*experts\.1\.down_proj"
+    with pytest.raises(ValueError, match=said):
+        bm.load_model(folder)

@@ -34,21 +34,55 @@ SPECIAL = [
     "<Assistant>",
 ]
 
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-HARMONY = "{% for m in messages %}{% if m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
-# the last answer with its empty reasoning, earlier ones without
-QWEN3 = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-R1 = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<User>{{ m.content }}{% else %}<Assistant>{{ m.content }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<Assistant><think>\n{% endif %}"
-LLAMA3 = "{{ bos_token }}{% for m in messages %}<|header|>{{ m.role }}<|header|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}{% if add_generation_prompt %}<|header|>assistant<|header|>\n\n{% endif %}"
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}{% if m.role == 'user' %}[INST] "
-    "{{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-USERS_ONLY = "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('only users') }}{% endif %}<User>{{ m.content }}{% endfor %}<Assistant>"
+HARMONY = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+    "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+# the last answer with its empty reasoning, earlier ones without
+QWEN3 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<User>{{ m.content }}"
+    "{% else %}<Assistant>{{ m.content }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<Assistant><think>\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|header|>{{ m.role }}<|header|>\n\n"
+    "{{ m.content | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|header|>assistant<|header|>\n\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+USERS_ONLY = (
+    "{% for m in messages %}"
+    "{% if m.role != 'user' %}{{ raise_exception('only users') }}{% endif %}"
+    "<User>{{ m.content }}{% endfor %}<Assistant>"
+)
 OTHERWISE = (
-    "{% for m in messages %}{% if m.role == 'user' %}<User>{{ m.content }}{% else %}<Assistant>final "
-    "{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<Assistant> "
-    "hm {% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}<User>{{ m.content }}"
+    "{% else %}<Assistant>final {{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<Assistant> hm {% endif %}"
+)
+IM = (
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\nAnswer: B<|im_end|>\n<|im_start|>user\n"
 )
 
 # template, its arguments, what it makes of the shot, what stands between the question and Answer:
@@ -56,7 +90,7 @@ LAYOUTS = {
     "chatml": (
         CHATML,
         {},
-        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\nAnswer: B<|im_end|>\n<|im_start|>user\n",
+        IM,
         "<|im_end|>\n<|im_start|>assistant\n",
     ),
     "harmony": (
@@ -70,13 +104,13 @@ LAYOUTS = {
     "qwen3": (
         QWEN3,
         {},
-        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\nAnswer: B<|im_end|>\n<|im_start|>user\n",
+        IM,
         "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
     ),
     "qwen3 told": (
         QWEN3,
         {"chat_template_kwargs": {"enable_thinking": False}},
-        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\nAnswer: B<|im_end|>\n<|im_start|>user\n",
+        IM,
         "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
     ),
     "r1 closed": (
@@ -269,6 +303,6 @@ def test_an_option_that_is_another_token_in_its_place_is_refused(tokenizers, mon
         )
         with pytest.raises(
             ValueError,
-            match=r"ends in .*assistant\\nAnswer:' the option ' A' is not the token that is read out for it",
+            match=r"assistant\\nAnswer:' the option ' A' is not the token that is read out",
         ):
             bm.make_loader([ITEM], tokenizer, chat=True)

@@ -42,14 +42,17 @@ VARIANTS = {
 }
 # By the last part of the name, where it is not the protocol's in all layers.
 EXPECTED = {
-    "deepseek_v2": LATENT, "deepseek_v3": LATENT, "deepseek_v32": LATENT, "glm4_moe_lite": LATENT, "glm_moe_dsa": LATENT,
+    "deepseek_v2": LATENT, "deepseek_v3": LATENT, "deepseek_v32": LATENT, "glm4_moe_lite": LATENT,
+    "glm_moe_dsa": LATENT,
     "deepseek_v2+lite": ["kv_a_proj_with_mqa", "kv_b_proj", "q_proj"],
     "granitemoehybrid": ["in_proj"], "granitemoehybrid+attention": ["in_proj", *PROTOCOL],
     "jamba": ["in_proj", "x_proj"], "jamba+attention": ["in_proj", *PROTOCOL, "x_proj"],
-    "kimi_linear+latent": sorted(PROTOCOL + LATENT), "bailing_hybrid+latent": ["g_proj", "k_proj", *LATENT[:2], "q_proj", "v_proj"],
+    "kimi_linear+latent": sorted(PROTOCOL + LATENT),
+    "bailing_hybrid+latent": ["g_proj", "k_proj", *LATENT[:2], "q_proj", "v_proj"],
     "lfm2_moe": ["in_proj", *PROTOCOL], "nemotron_h": ["in_proj", *PROTOCOL],
     "minimax": ["k_proj", "output_gate", "q_proj", "qkv_proj", "v_proj"],
-    "qwen3_next": ["in_proj_ba", "in_proj_qkvz"], "qwen3_next+attention": ["in_proj_ba", "in_proj_qkvz", *PROTOCOL],
+    "qwen3_next": ["in_proj_ba", "in_proj_qkvz"],
+    "qwen3_next+attention": ["in_proj_ba", "in_proj_qkvz", *PROTOCOL],
     "qwen3_moe": PROTOCOL, "gpt_oss": PROTOCOL, "mixtral": PROTOCOL, "granitemoe": PROTOCOL,
 }  # fmt: skip
 KINDS = [k for k in found()[0] if FAILS.get(k, (None,))[0] is None]
@@ -176,11 +179,20 @@ def test_no_attention_to_be_found_says_what_to_do():
     assert adapters(model) == []
 
 
-def test_the_adapters_of_a_half_precision_model_are_float32():
-    for dtype in (torch.bfloat16, torch.float16):
-        model = train.add_lora(tiny_model(dtype=dtype))
-        assert {p.dtype for p in train.adapted_weights(model).values()} == {torch.float32}
-        assert {p.dtype for n, p in model.named_parameters() if "lora_" not in n} == {dtype}
+@pytest.mark.parametrize("kind", ["qwen2_moe", "deepseek_v3", "qwen3_next"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_adapters_of_a_half_precision_model_are_float32(dtype, kind):
+    model, batch = build(kind).to(dtype), batch_for(kind)
+    with torch.no_grad():
+        expected = bm.option_logits(model, batch)
+    model = train.add_lora(model)
+    with torch.no_grad():
+        assert torch.equal(bm.option_logits(model, batch), expected)
+    train.fine_tune(model, [batch], epochs=2, lr=1e-3, progress=False)
+    matrices = train.adapted_weights(model)
+    assert {p.dtype for p in matrices.values()} == {torch.float32}
+    assert all(p.isfinite().all() and p.any() for p in matrices.values())
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" not in n} == {dtype}
 
 
 def test_an_offloaded_model_is_adapted_too(tmp_path):
