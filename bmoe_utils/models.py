@@ -73,6 +73,8 @@ def load_model(
             folder, lambda base, at: load_model(base, revision=at, **how),
             trust_remote_code=trust_remote_code)
         model.config._commit_hash = checkpoints.commit(name_or_path, revision)
+        # what an adapter trained on this one will call its base
+        model.name_or_path = model.config.name_or_path = str(name_or_path)
         return model, tokenizer
     here = {"revision": revision, "local_files_only": folder is not None}
     description, _ = PreTrainedConfig.get_config_dict(name_or_path, **here)

@@ -171,7 +171,6 @@ def test_an_adapter_of_an_adapter(base, tmp_path):
         LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
     ).eval()
     two.save_pretrained(tmp_path / "two")
-    rename_base(tmp_path / "two", "../one")
     torch.testing.assert_close(
         read_out(bm.load_model(tmp_path / "two")[0], ROWS), read_out(two, ROWS)
     )
@@ -283,16 +282,14 @@ def test_an_adapter_that_cannot_be_merged_is_refused_before_its_base_is_loaded(
 
 
 def test_adapters_of_single_experts_are_merged_or_refused_but_never_dropped(base, tmp_path):
-    said = r"1 of the layers that it saved .*experts\.1\.down_proj"
-    with pytest.raises(ValueError, match=said):
+    """As saved before experts were fused: peft takes them in some architectures, drops them in
+    others."""
     folder = tmp_path / "adapter"
     adapted(base, target_modules=["down_proj"]).save_pretrained(folder)  # the shared expert's
     path = folder / "adapter_model.safetensors"
     saved, one = load_file(path), "base_model.model.model.layers.0.mlp.experts.1.down_proj"
     experts = {f"{one}.lora_A.weight": torch.ones(2, 16), f"{one}.lora_B.weight": torch.ones(16, 2)}
     save_file(saved | experts, path)
-    with pytest.raises(
-        ValueError,
-        match=r"1 of the layers that it saved .*experts\.1\.down_proj",
-    ):
+    said = r"1 of the layers that it saved .*experts\.1\.down_proj"
+    with pytest.raises(ValueError, match=said):
         bm.load_model(folder)

@@ -417,6 +417,22 @@ def test_a_checkpoint_of_one_s_own(store, tmp_path, nothing_is_computed):
     assert all(np.array_equal(a, b) for a, b in zip(first, numbers(tiny(store, model=str(folder), readout="cloze")), strict=True))
 
 
+def test_an_adapter_s_base_is_in_the_key(store, tmp_path):
+    """It is part of the model, though not of the adapter's folder."""
+    model, tokenizer = tiny(store).base()
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    train.add_lora(models.load_model(base)[0]).save_pretrained(adapter)
+    key = lambda: tiny(store, model=str(adapter))._base_key  # noqa: E731
+    first = key()
+    assert first == key() == f"{artefacts.fingerprint(adapter)}+{artefacts.fingerprint(base)}"
+    with torch.no_grad():
+        model.get_input_embeddings().weight *= 1.1
+    model.save_pretrained(base)
+    assert key() != first and key().startswith(artefacts.fingerprint(adapter))
+
+
 def test_no_epoch_is_not_all_of_them(store):
     s = tiny(store)
     assert s.map_folder(0, epochs=0) != s.map_folder(0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import models, train
+from .. import checkpoints, models, train
 from ..storage import atomic_write, fingerprint
 from ..tasks import learning_texts
 from ..world import world_file
@@ -64,10 +64,15 @@ class BaseModel(Data):
 
     @cached_property
     def _base_key(self) -> str:
+        """What the base model is: a folder's content, a hub id with its commit, and of an adapter that of its own base too."""
         if self.embedded:
             return self.base_folder.name
-        folder = Path(self.model_name)
-        if folder.is_dir():
-            return fingerprint(folder)
-        config = self.base()[0].config
-        return f"{self.model_name}@{getattr(config, '_commit_hash', None)}"
+        name, revision, keys = self.model_name, None, []
+        while True:
+            folder = checkpoints.require(name, revision)
+            if folder is None:  # on the hub, and not here yet
+                models.load_model(name, dtype=self.dtype, device_map=self.device_map, revision=revision)
+            keys.append(fingerprint(folder) if Path(name).is_dir() else f"{name}@{checkpoints.commit(name, revision)}")
+            if folder is None or not checkpoints.is_adapter(folder):
+                return "+".join(keys)
+            name, revision = checkpoints.base_of(folder)
