@@ -16,6 +16,7 @@ from . import offload
 from .capture import serve_experts
 from .lora_targets import adapters, lora_targets, without_adapter
 from .models import option_logits, to_device
+from .precision import Masters
 from .progress import track
 from .tasks import length_batches
 
@@ -144,15 +145,18 @@ def fine_tune(
     ``loader`` must be re-iterable (it is gone through once an epoch). ``after_epoch(number)`` sees the model in eval mode.
     """
     set_seed(seed)
-    optimizer, schedule = _optimizer(model.parameters(), lr, weight_decay, epochs * len(loader))
+    masters = Masters({k: p for k, p in model.named_parameters() if p.requires_grad})
+    optimizer, schedule = _optimizer(masters.values(), lr, weight_decay, epochs * len(loader))
     model.zero_grad()
     for epoch in track(range(1, epochs + 1), "fine-tuning (epochs)", progress):
         model.train()
         for batch in loader:
             loss(option_logits(model, batch), batch["labels"]).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            masters.take_gradients()
+            nn.utils.clip_grad_norm_(masters.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            masters.write()
             schedule.step()
         model.eval()
         if after_epoch is not None:
