@@ -17,6 +17,7 @@ from .evaluate import predict
 from .exact import prior_predictive
 from .laplace import ExpertLaplace
 from .models import option_logits
+from .precision import float64
 from .reach import Kernels
 from .weight_samples import sampled_logits
 
@@ -239,13 +240,13 @@ def final_norm_bound(model: nn.Module, loader: Iterable[Mapping[str, Tensor]]) -
     norm, head = getattr(inner.base_model, "norm", None), inner.get_output_embeddings()
     if "RMSNorm" not in type(norm).__name__ or type(head) is not nn.Linear or head.bias is not None:
         raise ValueError(f"{type(inner).__name__} does not end in an RMS norm and a linear head without bias")
-    scale, weight, bounds, states = norm.weight.detach().double(), head.weight.detach().double(), [], []
-    hook = norm.register_forward_pre_hook(lambda _, args: states.append(args[0][:, -1].detach().double().norm(dim=1)))
+    scale, weight, bounds, states = float64(norm.weight.detach()), float64(head.weight.detach()), [], []
+    hook = norm.register_forward_pre_hook(lambda _, args: states.append(float64(args[0][:, -1].detach()).norm(dim=1)))
     try:
         with torch.no_grad():
             for batch in loader:
                 top = option_logits(model, batch).topk(2, dim=1).indices
-                a, b = batch["option_ids"].to(top.device).gather(1, top).T
+                a, b = batch["option_ids"].to(top.device).gather(1, top).T.to(weight.device)
                 bounds.append((scale * (weight[a] - weight[b])).norm(dim=1) * weight.shape[1] ** 0.5)
     finally:
         hook.remove()

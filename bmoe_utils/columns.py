@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .capture import Slots, recording
 from .jacobians import Routes
 from .models import option_logits, to_device
+from .precision import at_least_float32
 
 
 def read_out(model: nn.Module, layers: Sequence[str], batch: Mapping[str, Tensor],
@@ -25,7 +26,7 @@ def read_out(model: nn.Module, layers: Sequence[str], batch: Mapping[str, Tensor
         logits = option_logits(model, batch)
     position = {name: i for i, name in enumerate(layers)}
     for slots in tape.slots:
-        slots.a = _at_least_float32(slots.a)
+        slots.a = at_least_float32(slots.a)
     return logits, sorted(tape.slots, key=lambda s: position[s.name])
 
 
@@ -46,10 +47,10 @@ def slot_rows(g: Tensor, slots: Slots, out: Tensor | None = None) -> Tensor:
     """``g [S, d]`` of the real slots, at least float32, from the gradient at all of the layer's outputs. ``out [>= S, d]``: to write
     them into, since fresh memory for every layer and column costs more than the copy."""
     if len(slots.rows) == len(g):
-        return _at_least_float32(g)
+        return at_least_float32(g)
     if out is None or out.dtype != g.dtype or out.device != g.device or out.shape[1] != g.shape[1] or len(out) < len(slots.rows):
-        return _at_least_float32(g[slots.rows])
-    return _at_least_float32(torch.index_select(g, 0, slots.rows, out=out[: len(slots.rows)]))
+        return at_least_float32(g[slots.rows])
+    return at_least_float32(torch.index_select(g, 0, slots.rows, out=out[: len(slots.rows)]))
 
 
 def captured_columns(logits: Tensor, layers: Sequence[Slots], v: Tensor) -> list[tuple[Slots, list[Tensor]]]:
@@ -82,9 +83,6 @@ def captured_columns(logits: Tensor, layers: Sequence[Slots], v: Tensor) -> list
         out.append((slots, columns))
     return out
 
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def routes_of(slots: Slots, num_items: int) -> Routes:
