@@ -84,6 +84,5 @@ def captured_columns(logits: Tensor, layers: Sequence[Slots], v: Tensor) -> list
     return out
 
 
-
 def routes_of(slots: Slots, num_items: int) -> Routes:
     return Routes(slots.item, slots.counts, num_items)
