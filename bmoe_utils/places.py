@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bmoe_utils.artefacts import PACKAGE, project_root
+from bmoe_utils.source import PACKAGE
+from bmoe_utils.store import project_root
 from bmoe_utils.engine import UsageError
 
 SOURCES = ("notebooks", "bmoe_utils", "tests", "figures", ".git", ".ci")

@@ -23,10 +23,10 @@ from importlib.metadata import version
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from .artefacts import Store
 from .profiles import MODELS, OWN_QUESTIONS, PROFILES
 from .stages.baselines import Baselines
 from .stages.joint import Joint
+from .store import Store
 
 
 class Study(Joint, Baselines):

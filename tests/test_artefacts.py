@@ -1,4 +1,5 @@
 """Load-or-compute: what is finished is reused, what is not never looks finished."""
+import importlib
 import json
 import multiprocessing
 import os
@@ -11,7 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
-from bmoe_utils import artefacts, evaluate, storage, world
+from bmoe_utils import artefacts, storage
+from bmoe_utils import store as stores
 from bmoe_utils.artefacts import Store, atomic_write, fingerprint, model_fingerprint, project_root, save_figure, save_result
 
 
@@ -49,7 +51,7 @@ def test_config_kind_and_versions_each_change_the_key(store, monkeypatch):
     store.folder("model", {"steps": 3}, build)
     store.folder("model", {"steps": 4}, build)
     store.folder("other", {"steps": 3}, build)
-    monkeypatch.setattr(artefacts, "library_versions", lambda _: {"torch": "2.99"})
+    monkeypatch.setattr(stores, "library_versions", lambda _: {"torch": "2.99"})
     store.folder("model", {"steps": 3}, build)
     assert build.calls == 4 and len(finished(store)) == 4
 
@@ -57,10 +59,12 @@ def test_config_kind_and_versions_each_change_the_key(store, monkeypatch):
 def test_the_code_that_computes_is_in_the_key(store):
     """Of the build, and of what it is given; what that is: tests/test_source.py."""
     build, value = Counter(), {"x": np.zeros(2)}
-    folders = [store.folder("model", {}, build, code=code) for code in ((), (world.build_splits,), (evaluate.predict,))]
-    assert len(set(folders)) == 3 and store.folder("model", {}, build, code=(world.load_world,)) == folders[1]
+    # by name: what this file imports is the build's own already
+    routing, sketch = (importlib.import_module(f"bmoe_utils.{name}") for name in ("routing", "sketch"))
+    folders = [store.folder("model", {}, build, code=code) for code in ((), (routing.entropy,), (sketch.gaussian,))]
+    assert len(set(folders)) == 3 and store.folder("model", {}, build, code=(routing.jaccard,)) == folders[1]
     for kind, give in (("arrays", lambda: value), ("json", lambda: {"x": 1})):
-        assert getattr(store, kind)("a", {}, give) and getattr(store, kind)("a", {}, give, code=(world.build_splits,))
+        assert getattr(store, kind)(kind, {}, give) and getattr(store, kind)(kind, {}, give, code=(routing.entropy,))
     assert len(finished(store)) == 3 + 4
 
 

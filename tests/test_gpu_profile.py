@@ -30,7 +30,7 @@ SMALL = {
 def checkpoint(folder, architecture):
     """A small random model in bfloat16 with a byte-level tokenizer, in the real layout."""
     texts, words = learning_texts("world", load_task("world")["train"], 2000)
-    tokenizer = train_tokenizer([*texts, *[f" {w}" for w in words] * 100, *[f"Answer: {x}" for x in "ABCDEFGH"] * 100], 800)
+    tokenizer = train_tokenizer([*texts, *[f" {w}" for w in words] * 100, *[f" {x}" for x in "ABCDEFGH"] * 1000], 800)
     set_seed(0)
     config = CONFIGS[architecture](vocab_size=len(tokenizer), **COMMON)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).bfloat16().save_pretrained(folder)

@@ -191,7 +191,7 @@ def test_no_code_runs_that_is_not_in_the_key(tmp_path, monkeypatch):
     def spied(self, kind, config, build, *, code=(), fresh=False):
         @functools.wraps(build)
         def watched(path):
-            ran[path.name], keys[path.name] = set(), set(source.closure((build, *code)))
+            ran[path.name], keys[path.name] = set(), set(source.closure((Store.folder, build, *code)))
             building.append(path.name)
             try:
                 build(path)
