@@ -62,6 +62,8 @@ class Study(Joint, Baselines):
         brought, and comes less often (a sixth of the time of training so small a model); and no progress bars of transformers,
         which reads a small checkpoint dozens of times.
         """
+        # peft still reads a property that transformers has renamed; nobody here can act on it
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         if not self.embedded:
             return
         torch.set_num_threads(1)
@@ -70,8 +72,6 @@ class Study(Joint, Baselines):
             gc.freeze()
             gc.set_threshold(10_000, *gc.get_threshold()[1:])
         disable_progress_bar()
-        # peft still reads a property that transformers has renamed; nobody here can act on it
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
     def regime(self, name: str) -> Study:
         """The same study under one of its MAP regimes (``study.regimes``)."""

@@ -38,14 +38,19 @@ def checkpoint(folder, architecture):
     return folder
 
 
+# Of the second, those whose ways through the model are others: LoRA and the experts, the routers, both. All of it, by hand:
+# CHAPTERS = {} and `pytest tests/test_gpu_profile.py`.
+CHAPTERS = {"deepseek_v2": ["04", "09"]}
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("architecture", list(CONFIGS))
-def test_every_chapter_runs_in_bfloat16(tmp_path, monkeypatch, capsys, architecture):
+def test_every_chapter_runs_in_bfloat16(tmp_path, architecture):
     model = checkpoint(tmp_path / architecture, architecture)
-    monkeypatch.chdir(tmp_path)
     settings = [f"{key}={json.dumps(value)}" for key, value in SMALL.items()]
-    status = main(["reproduce", "--profile", "gpu", "--model", str(model), "-p", "device_map=null", *settings, "--no-html",
+    chosen = ["--only", *CHAPTERS[architecture]] if architecture in CHAPTERS else []
+    status = main(["reproduce", "--profile", "gpu", "--model", str(model), "-p", "device_map=null", *settings, *chosen, "--no-html",
                    "--keep-going", "--jobs", "1", "--out", str(tmp_path / "run")])  # fmt: skip
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())["chapters"]
     assert status == 0 and {row["status"] for row in rows} == {"ok"}, [row["error"] for row in rows if row["status"] != "ok"]
-    print(*(f"{row['chapter']}: {row['seconds']}" for row in rows), sep="\n")
+    assert len(rows) == (len(chosen) - 1 if chosen else 13)
