@@ -45,8 +45,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	  $(PYTHON) -m venv $(VENV_ARGS) $(VENV) || { \
 	    echo "error: $(PYTHON) -m venv failed; on Debian and Ubuntu the package python3-venv holds it." >&2; exit 1; }; }
 	@echo "== installing into $(VENV) ($(if $(CONSTRAINTS),versions of $(CONSTRAINTS),newest versions in range)); minutes where nothing is cached"
-	@$(PY) -m pip install -qq --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e . || { \
-	  echo "error: the installation failed; pip says why above (more: $(PY) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e .)" >&2; \
+	@$(PY) -m pip install -qq --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[study,test]' || { \
+	  echo "error: the installation failed; pip says why above (more: $(PY) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[study,test]')" >&2; \
 	  $(if $(CONSTRAINTS),echo "If a pinned version does not exist for this Python or platform ($(CONSTRAINTS) was made with Python 3.11 on Linux):" >&2; \
 	  echo "  repeat with CONSTRAINTS= to install within the ranges of pyproject.toml; figures may then differ in the last digits." >&2;) exit 1; }
 	@# by all cores, where pip would use one, and without the libraries' own tests; what does not compile is no loss
