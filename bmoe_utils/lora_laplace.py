@@ -55,6 +55,16 @@ def _recording(matrices: Mapping[str, nn.Linear], seen: dict) -> AbstractContext
     return forward_hooks(matrices, keep)
 
 
+def by_token(x: Tensor, tokens: tuple[int, int], name: str) -> Tensor:
+    """``[B T, m]`` of what the matrix of this name reads or gives: ``[B, T, m]``, ``[B T, m]``, or with axes of 1 (latent attention's
+    ``[B, 1, T, m]``). ``ValueError`` where that is not one row a token."""
+    sizes = [n for n in x.shape[:-1] if n != 1]
+    if sizes not in ([n for n in tokens if n != 1], [n for n in (tokens[0] * tokens[1],) if n != 1]):
+        raise ValueError(f"the LoRA matrix {name!r} reads {list(x.shape)} for {tokens[0]} x {tokens[1]} tokens, not one row a token: "
+                         "its posterior cannot be captured; adapt other layers (target_modules=)")
+    return x.reshape(-1, x.shape[-1])
+
+
 class LoraLaplace(GaussianLogits):
     """Args: ``rank``: see the module. ``prior_precision``: of every weight. ``num_samples``, ``seed``: of the logits drawn when it is
     called (and of the sketch). The verbs are those of :class:`~bmoe_utils.laplace.ExpertLaplace`.
@@ -84,8 +94,9 @@ class LoraLaplace(GaussianLogits):
         fine = torch.promote_types(f.dtype, torch.float32)
         layers = []
         for i, name in enumerate(self.matrices):
-            real = mask.to(outputs[i].device)
-            layers.append((seen[name][0][real].to(fine), torch.stack([g[i][real] for g in grads]).to(fine)))
+            real = mask.flatten().to(outputs[i].device)
+            rows = lambda x, name=name: by_token(x, mask.shape, name)[real]  # noqa: E731
+            layers.append((rows(seen[name][0]).to(fine), torch.stack([rows(g[i]) for g in grads]).to(fine)))
         item = mask.nonzero()[:, 0]
         return f.detach(), layers, Routes(item, torch.tensor([len(item)], device=item.device), len(mask))
 

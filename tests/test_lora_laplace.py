@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from architectures import FAILS, batch_for, build, found
 from test_baselines import lora_model, state_of
 from tiny import single_items, tiny_batch, tiny_model
 
-from bmoe_utils import lora_laplace
+from bmoe_utils import lora_laplace, train
 from bmoe_utils.curvature import Eigenbasis
 from bmoe_utils.lora_laplace import LoraLaplace, lora_linears
 from bmoe_utils.models import option_logits
@@ -32,12 +33,10 @@ def one_token(seed=1):
     return tiny_batch(1, length=1, seed=seed, ragged=False)
 
 
-def test_captured_jacobians_equal_autograd_for_every_matrix():
-    model, batch = lora_model(), tiny_batch()
-    la = LoraLaplace(model)
-    assert len(la.matrices) == 2 * 3 * 2  # layers, projections, A and B
-    before = state_of(model)
-    f, layers, routes = la.captured(batch, lambda f: torch.eye(4, dtype=f.dtype)[:, None].expand(4, *f.shape))
+def compared(model, batch):
+    """Of every matrix the Jacobians as captured and by autograd, ``[B, C, P]`` each."""
+    la, before = LoraLaplace(model), state_of(model)
+    f, layers, routes = la.captured(batch, lambda f: torch.eye(f.shape[1], dtype=f.dtype)[:, None].expand(f.shape[1], *f.shape))
     assert state_of(model) == before
     reference, logits = jacobians(la, batch)
     torch.testing.assert_close(f, logits, **ACROSS_SHAPES)
@@ -45,8 +44,35 @@ def test_captured_jacobians_equal_autograd_for_every_matrix():
         ours = torch.zeros(*f.shape, g.shape[2], a.shape[1], dtype=f.dtype)
         for t, item in enumerate(routes.item):
             ours[item] += g[:, t, :, None] * a[t]
+        yield ours.flatten(2).double(), J.double()
+
+
+def test_captured_jacobians_equal_autograd_for_every_matrix():
+    pairs = list(compared(lora_model(), tiny_batch()))
+    assert len(pairs) == 2 * 3 * 2  # layers, projections, A and B
+    for ours, J in pairs:
         assert J.abs().max() > 1e-4
-        torch.testing.assert_close(ours.flatten(2), J, **ACROSS_SHAPES)
+        torch.testing.assert_close(ours, J, **ACROSS_SHAPES)
+
+
+@pytest.mark.parametrize("kind", [k for k in found()[0] if FAILS.get(k, (None,))[0] is None])
+def test_of_every_architecture_the_jacobians_are_exact_or_refused(kind):
+    """Latent attention reads ``[B, 1, T, m]``; one architecture a token of the past alone, which is no row a token."""
+    model = train.add_lora(build(kind), rank=2).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.data = (p.normal_(0, 0.3) if "lora_B" in name else p).double()
+    if kind == "zaya":
+        with pytest.raises(ValueError, match="not one row a token: its posterior cannot be captured; adapt other layers"):
+            list(compared(model, batch_for(kind)))
+        return
+    largest = 0.0
+    for ours, J in compared(model, batch_for(kind)):
+        largest = max(largest, float(J.abs().max()))
+        # some architectures compute parts in float32 whatever the model's type
+        torch.testing.assert_close(ours, J, rtol=1e-4, atol=1e-4 * max(float(J.abs().max()), 1e-3))
+    assert largest > 1e-4
 
 
 def test_one_token_equals_the_dense_posterior():
