@@ -51,8 +51,9 @@ def flipout(matrices: Mapping[str, nn.Linear], std: Mapping[str, Tensor]) -> Abs
 
     def noisy(name: str):
         def hook(_, args, out):
-            x = args[0]  # [B, T, d_in]
-            signs = lambda width: (torch.randint(0, 2, (len(x), 1, width), device=x.device) * 2 - 1).to(x.dtype)  # noqa: E731
+            x = args[0]  # [B, T, d_in], in latent attention [B, 1, T, d_in]
+            each = len(x), *(1 for _ in x.shape[1:-1])
+            signs = lambda width: (torch.randint(0, 2, (*each, width), device=x.device) * 2 - 1).to(x.dtype)  # noqa: E731
             noise = std[name] * torch.randn_like(std[name])
             return out + nn.functional.linear(x * signs(x.shape[-1]), noise.to(x.dtype)) * signs(out.shape[-1])
         return hook

@@ -63,6 +63,17 @@ def test_flipout_has_the_law_of_sampled_weights_and_items_signs_of_their_own(dra
     assert noise.mean(0).abs().max() < 5 * math.sqrt(variance.max().item() / n)
 
 
+def test_flipout_s_items_are_the_first_axis_however_many_follow():
+    """Latent attention has ``[B, 1, T, d]``: the same noise as ``[B, T, d]``, one weight a pass and item for all of its tokens."""
+    A, std = torch.nn.Linear(3, 2, bias=False).double(), torch.full((2, 3), 0.4, dtype=torch.float64)
+    x, said = torch.randn(4, 5, 3, dtype=torch.float64), []
+    for inputs in (x, x[:, None]):
+        torch.manual_seed(3)
+        with torch.no_grad(), flipout({"A": A}, {"A": std}):
+            said.append(A(inputs).view(4, 5, 2))
+    assert torch.equal(*said) and not torch.equal(said[0], A(x))
+
+
 def test_without_noise_the_posterior_is_the_map_model():
     model, batch = lora_model(), tiny_batch()
     state = {k: v.detach() for k, v in adapted_weights(model).items()}
