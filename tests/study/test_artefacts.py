@@ -62,7 +62,7 @@ def test_the_code_that_computes_is_in_the_key(store):
     """Of the build, and of what it is given; what that is: tests/study/test_source.py."""
     build, value = Counter(), {"x": np.zeros(2)}
     # by name: what this file imports is the build's own already
-    routing, sketch = (importlib.import_module(f"bmoe_utils.{name}") for name in ("routing", "sketch"))
+    routing, sketch = (importlib.import_module(f"bmoe_utils.{name}") for name in ("routers.maths", "experts.sketch"))
     folders = [store.folder("model", {}, build, code=code) for code in ((), (routing.entropy,), (sketch.gaussian,))]
     assert len(set(folders)) == 3 and store.folder("model", {}, build, code=(routing.jaccard,)) == folders[1]
     for kind, give in (("arrays", lambda: value), ("json", lambda: {"x": 1})):

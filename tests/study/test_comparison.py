@@ -45,7 +45,7 @@ def test_every_baseline_says_its_own_and_a_second_study_computes_nothing(store, 
     def fail(*_, **__):
         raise AssertionError("computed again")
 
-    for owner, name in ((map_model, "predict"), (comparison.train, "fine_tune"), (comparison, "fit_blob"), (comparison, "fit_swag"),
+    for owner, name in ((map_model, "predict"), (comparison.training, "fine_tune"), (comparison, "fit_blob"), (comparison, "fit_swag"),
                         (comparison, "largest_within")):
         monkeypatch.setattr(owner, name, fail)
     for a, b in zip(everything(tiny(store)), first, strict=True):
@@ -54,8 +54,8 @@ def test_every_baseline_says_its_own_and_a_second_study_computes_nothing(store, 
 
 def test_fits_are_shared_by_splits_and_by_what_only_predicts(store, monkeypatch):
     lora, fits = tiny(store).regime("lora"), []
-    original = comparison.train.fine_tune
-    monkeypatch.setattr(comparison.train, "fine_tune", lambda *a, **k: (fits.append(1), original(*a, **k))[1])
+    original = comparison.training.fine_tune
+    monkeypatch.setattr(comparison.training, "fine_tune", lambda *a, **k: (fits.append(1), original(*a, **k))[1])
     for split, samples in (("test", 2), ("near", 2), ("near", 3)):
         lora.baseline_predictions(0, "mc_dropout", split, dropout=0.25, samples=samples)
     assert len(fits) == 1
@@ -92,8 +92,8 @@ def test_the_map_model_is_the_ensembles_first_member_and_the_last_checkpoint(sto
 
 def test_members_see_the_seeds_items_in_an_order_of_their_own(store, monkeypatch):
     s, seen = tiny(store), []
-    original = comparison.train.fine_tune
-    monkeypatch.setattr(comparison.train, "fine_tune", lambda model, loader, **k: (
+    original = comparison.training.fine_tune
+    monkeypatch.setattr(comparison.training, "fine_tune", lambda model, loader, **k: (
         seen.append([int(x) for batch in loader for x in batch["input_ids"].sum(1)]), original(model, loader, **k))[1])
     run(s, "ensemble", members=3).predictor()
     expected = [int(x) for batch in s.loader(s.train_items(0)) for x in batch["input_ids"].sum(1)]

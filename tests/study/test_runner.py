@@ -274,7 +274,7 @@ def build(path):
     started.touch()
     time.sleep(60 * first)
 Store().folder("model", {}, build)""")
-    code = "import sys; from bmoe_utils import runner; from bmoe_utils.__main__ import main; " \
+    code = "import sys; from bmoe_utils.study.run import runner; from bmoe_utils.__main__ import main; " \
            f"runner.profiles = lambda: {PROFILES!r}; runner.HEARTBEAT_S = 0.2; sys.exit(main(['reproduce', '--profile', 'smoke', '--no-html', '--jobs', '1']))"
     command = [sys.executable, "-c", code]
     # a background job inherits "ignore Ctrl-C", and Python would then never be interrupted
@@ -299,7 +299,7 @@ Store().folder("model", {}, build)""")
 def test_messages_in_any_language_and_locale(project, root):
     """In the C locale the terminal's encoding is ASCII: what it lacks is escaped, and nothing ends in a UnicodeEncodeError."""
     notebook(project, "01_one", "raise ValueError('\u043d\u0435\u0442 \u2192 \u4e0d')", "1")
-    code = "import sys; from bmoe_utils import runner; from bmoe_utils.__main__ import main; " \
+    code = "import sys; from bmoe_utils.study.run import runner; from bmoe_utils.__main__ import main; " \
            f"runner.profiles = lambda: {PROFILES!r}; sys.exit(main(['reproduce', '--profile', 'smoke', '--no-html', '--jobs', '1', *sys.argv[1:]]))"
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(root)}
     env.pop("PYTHONIOENCODING", None)

@@ -9,7 +9,7 @@ import torch
 
 import bmoe_utils as bm
 from bmoe_utils.data import world
-from bmoe_utils.experts import columns
+from bmoe_utils.experts import columns, laplace
 from bmoe_utils.models import embedded, loading
 from bmoe_utils.models import training as train
 from bmoe_utils.scores import metrics
@@ -200,7 +200,7 @@ def test_laplace_predictions_use_the_tuned_prior_and_the_options(store):
 @pytest.mark.filterwarnings("ignore:.*prior precisions reached the end:UserWarning")
 def test_a_second_posterior_has_the_first_one_s_jacobians_but_not_another_split_s_or_seed_s(store, monkeypatch):
     s, passes = tiny(store, eval_batch=4), []
-    monkeypatch.setattr(bm.laplace, "read_out", lambda *args: passes.append(args) or columns.read_out(*args))
+    monkeypatch.setattr(laplace, "read_out", lambda *args: passes.append(args) or columns.read_out(*args))
     diagonal = dict(hessian_structure="diag", granularity="global")
 
     def backward_passes(split, seed=0, **options):

@@ -154,7 +154,7 @@ def test_an_end_from_outside_ends_the_kernels_too(project, root, how):
         (project / "data/runs/smoke" / page).write_text(json.dumps(earlier))
     notebook(project, "01_one", MEET.format(me=1, other=2), "(place / 'kernel').write_text(str(os.getpid()))\ntime.sleep(120)")
     notebook(project, "02_two", MEET.format(me=2, other=1), "time.sleep(120)")
-    code = "import sys; from bmoe_utils import runner; from bmoe_utils.__main__ import main; " \
+    code = "import sys; from bmoe_utils.study.run import runner; from bmoe_utils.__main__ import main; " \
            f"runner.profiles = lambda: {PROFILES!r}\nif __name__ == '__main__': sys.exit(main(['reproduce', '--profile', 'smoke', '--no-html', '--jobs', '2']))"
     (project / "run.py").write_text(code)
     process = subprocess.Popen([sys.executable, str(project / "run.py")], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -198,7 +198,7 @@ def test_a_script_without_a_main_guard_runs_once(project, root):
     notebook(project, "01_one", MEET.format(me=1, other=2))
     notebook(project, "02_two", MEET.format(me=2, other=1))
     (project / "script.py").write_text(
-        "from bmoe_utils import runner\n"
+        "from bmoe_utils.study.run import runner\n"
         "with open('begun', 'a') as log:\n    log.write('x')\n"
         "status = runner.run(runner.Plan.make('smoke'), runner.chapters(), html=False, jobs=2)\n"
         "print('status', status)\n")
