@@ -2,7 +2,7 @@
 
 At whatever moment a writer is killed, interrupted or out of room, a place holds the old content or the new one, and a reader beside
 it gets one of them. What a killed writer leaves is taken over or removed by the next writer of the same place. What is not ours is
-never overwritten or removed. Nothing here imports torch before it is needed.
+never overwritten or removed. Nothing here imports torch.
 """
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ the tape, for each MoE layer,
 so that ``d f_c / d z`` is all that has to be differentiated: the Jacobian with respect to an expert's weight is
 ``J_{n,c} = sum_{t in n} g_{t,c} a_t^T`` and no weight gradient is ever built (every parameter is frozen meanwhile).
 Experts are not asked for what nothing depends on: padding, and other positions than the answer's where these are known to have
-no gradient (in most models the last layer's). Experts that are modules of their own (:mod:`~bmoe_utils.models.unfused`) give the same through hooks.
+no gradient (in most models the last layer's). Experts that are modules of their own (:mod:`~bmoe_utils.models.unfused`) give the
+same through hooks.
 """
 
 from __future__ import annotations
