@@ -1,10 +1,14 @@
-"""The command line: `python -m bmoe_utils reproduce --profile cpu`; the work is done in `bmoe_utils.runner`."""
+"""The command line: `python -m bmoe_utils reproduce --profile cpu`; the work is done in `bmoe_utils.study.run.runner`."""
 from __future__ import annotations
 
-import argparse, json, os, re, sys
+import argparse
+import json
+import os
+import re
+import sys
 
-from bmoe_utils import engine, matrix, places, runner, sweep
-from bmoe_utils.worker import speak_any_language
+from bmoe_utils.study.run import engine, matrix, places, runner, sweep
+from bmoe_utils.study.run.worker import speak_any_language
 
 EXAMPLES = """examples:
   python -m bmoe_utils reproduce --profile cpu                    every chapter, as committed

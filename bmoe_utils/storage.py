@@ -2,11 +2,19 @@
 
 At whatever moment a writer is killed, interrupted or out of room, a place holds the old content or the new one, and a reader beside
 it gets one of them. What a killed writer leaves is taken over or removed by the next writer of the same place. What is not ours is
-never overwritten or removed. Nothing here imports torch before it is needed.
+never overwritten or removed. Nothing here imports torch.
 """
 from __future__ import annotations
 
-import errno, hashlib, json, math, os, re, shutil, sys, time
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -349,19 +357,3 @@ def fingerprint(obj) -> str:
         return digest.hexdigest()
     text = json.dumps(_canonical(obj, "config"), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def model_fingerprint(model) -> str:
-    """sha256 over names, shapes, dtypes and bytes of parameters and persistent buffers; the device does not matter."""
-    import torch
-    from . import offload
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_meta:
-            owner, _, leaf = name.rpartition(".")
-            tensor = offload.values(model.get_submodule(owner), leaf)
-        digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
-        flat = tensor.detach().reshape(-1)
-        for block in flat.split(1 << 22):             # in blocks: a large model is never copied to the host whole
-            digest.update(memoryview(block.cpu().contiguous().view(torch.uint8).numpy()))
-    return digest.hexdigest()

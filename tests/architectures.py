@@ -18,11 +18,11 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import bmoe_utils as bm
-from bmoe_utils.artefacts import model_fingerprint
-from bmoe_utils.capture import expert_layers
-from bmoe_utils.models import option_logits
-from bmoe_utils.router_families import FAMILIES
-from bmoe_utils.routers import Routers, attach_routers
+from bmoe_utils.models.files import model_fingerprint
+from bmoe_utils.models.layers import expert_layers
+from bmoe_utils.models.readout import option_logits
+from bmoe_utils.routers.attach import Routers, attach_routers
+from bmoe_utils.routers.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "data" / "architectures.md"
@@ -222,9 +222,9 @@ def table() -> str:
         lines.append(f"| `{kind}` | {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]} | {' | '.join(marks)} | {note} |")
     lines += ["", "The language models of these multimodal types are those above: "
               + ", ".join(f"`{k}` (`{v}`)" for k, v in wrappers.items()) + ".", "",
-              "Beside them: DeepSeek-MoE-16B (`deepseek`), which transformers has no class for, is registered by `bmoe_utils/deepseek.py` "
-              "and tested in `tests/test_deepseek.py`; experts that a checkpoint's own code keeps as modules of `nn.Linear` are "
-              "captured by `bmoe_utils/unfused.py` and tested in `tests/test_unfused.py`."]
+              "Beside them: DeepSeek-MoE-16B (`deepseek`), which transformers has no class for, is registered by `bmoe_utils/models/deepseek.py` "
+              "and tested in `tests/models/test_deepseek.py`; experts that a checkpoint's own code keeps as modules of `nn.Linear` are "
+              "captured by `bmoe_utils/models/unfused.py` and tested in `tests/models/test_unfused.py`."]
     return "\n".join(lines) + "\n"
 
 

@@ -4,8 +4,8 @@ import itertools
 
 import torch
 
-from bmoe_utils.jacobians import Routes
-from bmoe_utils.sums import first_sums
+from bmoe_utils.experts.jacobians import Routes
+from bmoe_utils.experts.sums import first_sums
 
 OPTIONS = {"hessian_structure": "kron", "fisher": "exact", "token_setting": "expand", "rank": None, "seed": 0}
 

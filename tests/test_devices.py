@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import bmoe_utils as bm
-from bmoe_utils.capture import expert_layers
-from bmoe_utils.fitting import factor_bytes
+from bmoe_utils.experts.fitting import factor_bytes
+from bmoe_utils.models.layers import expert_layers
 
 
 def split(model):

@@ -13,8 +13,7 @@ import torch
 from tiny import tiny_batch, tiny_model
 
 import bmoe_utils as bm
-from bmoe_utils import exact
-from bmoe_utils.baselines import (
+from bmoe_utils.baselines.averaging import (
     GaussianLogits,
     MCDropout,
     WeightEnsemble,
@@ -23,19 +22,20 @@ from bmoe_utils.baselines import (
     lora_dropout,
     swag_states,
 )
-from bmoe_utils.blocks import block_kernels
-from bmoe_utils.curvature import probit_probabilities
-from bmoe_utils.joint import JointPosterior
-from bmoe_utils.last_layer import LastLayerLaplace
-from bmoe_utils.lora_laplace import LoraLaplace
-from bmoe_utils.lora_posteriors import fit_blob, mean_field_states, tfb_directions, tfb_states
-from bmoe_utils.metrics import fit_temperature, softmax
+from bmoe_utils.baselines.last_layer import LastLayerLaplace
+from bmoe_utils.baselines.lora_laplace import LoraLaplace
+from bmoe_utils.baselines.lora_posteriors import fit_blob, mean_field_states, tfb_directions, tfb_states
+from bmoe_utils.experts import exact
+from bmoe_utils.experts.curvature import probit_probabilities
+from bmoe_utils.experts.weight_samples import sampled_logits
+from bmoe_utils.joint.posterior import JointPosterior
+from bmoe_utils.models.training import adapted_weights, add_lora, fine_tune
 from bmoe_utils.precision import Masters
-from bmoe_utils.router_families import FAMILIES
-from bmoe_utils.routers import Routers
-from bmoe_utils.stability import perturbed
-from bmoe_utils.train import adapted_weights, add_lora, fine_tune
-from bmoe_utils.weight_samples import sampled_logits
+from bmoe_utils.routers.attach import Routers
+from bmoe_utils.routers.families import FAMILIES
+from bmoe_utils.routers.stability import perturbed
+from bmoe_utils.scores.metrics import fit_temperature, softmax
+from bmoe_utils.study.blocks import block_kernels
 
 HALF = [torch.bfloat16, torch.float16]
 # How far answers may be off: the forward pass, which stays in the model's dtype, rounds to 8 or 11

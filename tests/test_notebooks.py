@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from bmoe_utils.runner import PARAMETERS
+from bmoe_utils.study.run.runner import PARAMETERS
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("*.ipynb"))

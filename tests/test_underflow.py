@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_batch, tiny_model
 
 import bmoe_utils as bm
-from bmoe_utils.capture import expert_layers
+from bmoe_utils.models.layers import expert_layers
 
 STRUCTURES = [dict(), dict(rank=2), dict(hessian_structure="ekfac"), dict(hessian_structure="diag"), dict(hessian_structure="full")]
 BATCHES, TEST = [tiny_batch(8, seed=s) for s in range(3)], tiny_batch(4, seed=9)

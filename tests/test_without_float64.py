@@ -10,13 +10,15 @@ from test_half_precision import GAUSSIAN, LINKS, STRUCTURES
 from tiny import tiny_batch, tiny_model
 
 import bmoe_utils as bm
-from bmoe_utils import baselines, evaluate, exact, lora_posteriors, stability, weight_samples
-from bmoe_utils.joint import JointPosterior
-from bmoe_utils.last_layer import STRUCTURES as LAST_LAYER
-from bmoe_utils.last_layer import LastLayerLaplace
-from bmoe_utils.lora_laplace import LoraLaplace
-from bmoe_utils.router_families import FAMILIES
-from bmoe_utils.train import add_lora
+from bmoe_utils.baselines import averaging, lora_posteriors
+from bmoe_utils.baselines.last_layer import STRUCTURES as LAST_LAYER
+from bmoe_utils.baselines.last_layer import LastLayerLaplace
+from bmoe_utils.baselines.lora_laplace import LoraLaplace
+from bmoe_utils.experts import capture, exact, weight_samples
+from bmoe_utils.joint.posterior import JointPosterior
+from bmoe_utils.models.training import add_lora
+from bmoe_utils.routers import stability
+from bmoe_utils.routers.families import FAMILIES
 
 TRAIN, TEST = [tiny_batch(6, seed=s) for s in range(2)], [tiny_batch(4, seed=9)]
 TEST[0]["p_star"] = torch.full(
@@ -155,7 +157,7 @@ def test_both_posteriors():
 BASELINES = {
     "mc dropout": (
         True,
-        lambda m: baselines.MCDropout(m, partial(baselines.expert_dropout, m, 0.0), 2),
+        lambda m: averaging.MCDropout(m, partial(averaging.expert_dropout, m, 0.0), 2),
     ),
     **{
         f"last layer, {s}": (
@@ -167,10 +169,10 @@ BASELINES = {
     "lora laplace": (True, lambda m: LoraLaplace(m).fit(TRAIN, **QUIET)),
     "swag": (
         True,
-        lambda m: baselines.WeightEnsemble(
+        lambda m: averaging.WeightEnsemble(
             m,
-            baselines.swag_states(
-                baselines.fit_swag(m, TRAIN, epochs=2, lr=1e-4, rank=2, per_epoch=1, **QUIET),
+            averaging.swag_states(
+                averaging.fit_swag(m, TRAIN, epochs=2, lr=1e-4, rank=2, per_epoch=1, **QUIET),
                 2,
                 scale=0.0,
             ),
@@ -178,7 +180,7 @@ BASELINES = {
     ),
     "blob": (
         True,
-        lambda m: baselines.WeightEnsemble(
+        lambda m: averaging.WeightEnsemble(
             m,
             lora_posteriors.mean_field_states(
                 *lora_posteriors.fit_blob(m, TRAIN, epochs=1, lr=1e-4, init=1e-3, **QUIET), 2
@@ -187,7 +189,7 @@ BASELINES = {
     ),
     "tfb": (
         True,
-        lambda m: baselines.WeightEnsemble(
+        lambda m: averaging.WeightEnsemble(
             m, lora_posteriors.tfb_states(m, 0.1, lora_posteriors.tfb_directions(m, 2))
         ),
     ),
@@ -201,7 +203,7 @@ def test_baselines(name):
     def compute(model):
         predictor = make(model)
         said = [bm.predict(predictor, TEST, **QUIET).probs]
-        if isinstance(predictor, baselines.GaussianLogits):
+        if isinstance(predictor, averaging.GaussianLogits):
             mean, cov = predictor.predictive_logits(TEST[0])
             assert predictor.optimize_prior_precision().isfinite()
             said = [cov.cpu(), mean.cpu(), predictor.log_marginal_likelihood(1.0)]
@@ -223,7 +225,7 @@ def test_references_and_stability():
             weight_samples.sampled_logits(la, TEST, 1, **QUIET),
             stability.routing_margins(model, TEST),
             stability.routing_stability(model, TEST, 0.1),
-            *evaluate.routed_tokens(model, TEST),
+            *capture.routed_tokens(model, TEST),
         ]
 
     same(compute)

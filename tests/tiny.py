@@ -60,9 +60,9 @@ def single_items(batch):
 def autograd_jacobians(model, batch):
     """The reference: ``J [B, C, L, E, P]`` of every expert's down projection by plain autograd through the stock
     forward, one item (without padding) and one class at a time. Also the logits ``[B, C]``."""
-    from bmoe_utils.capture import expert_layers
-    from bmoe_utils.models import option_logits
-    from bmoe_utils.unfused import second_layer
+    from bmoe_utils.models.layers import expert_layers
+    from bmoe_utils.models.readout import option_logits
+    from bmoe_utils.models.unfused import second_layer
 
     modules = list(expert_layers(model).values())
     weights = [[second_layer(e).weight for e in m] if isinstance(m, torch.nn.ModuleList) else [m.down_proj] for m in modules]
@@ -86,10 +86,10 @@ def autograd_jacobians(model, batch):
 
 def captured_jacobians(model, batch):
     """``J [B, C, L, E, P]`` and the logits ``[B, C]`` from the capture."""
-    from bmoe_utils.capture import capturing
-    from bmoe_utils.columns import routes_of
-    from bmoe_utils.jacobians import item_jacobians
-    from bmoe_utils.laplace import ExpertLaplace
+    from bmoe_utils.experts.capture import capturing
+    from bmoe_utils.experts.columns import routes_of
+    from bmoe_utils.experts.jacobians import item_jacobians
+    from bmoe_utils.experts.laplace import ExpertLaplace
 
     la = ExpertLaplace(model)
     with capturing(model):
@@ -120,7 +120,7 @@ def skip_without_router_logits(model):
 def write_checkpoint(folder, config, tensors, *, tokenizer_class="PreTrainedTokenizerFast", shards=2):
     """A folder as the hub has it: ``config.json`` as given, the weights in numbered shards with their index, a tokenizer of
     ``VOCAB`` tokens under the given class name."""
-    from bmoe_utils.models import train_tokenizer
+    from bmoe_utils.models.embedded import train_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -15,14 +15,13 @@ import argparse
 import statistics
 import warnings
 
-from common import add_out, timed, write
-
 import torch
+from common import add_out, timed, write
 from curvature_floor import floor
 
 import bmoe_utils as bm
-from bmoe_utils.capture import capturing
-from bmoe_utils.exact import joint_predictive, prior_predictive
+from bmoe_utils.experts.capture import capturing
+from bmoe_utils.experts.exact import joint_predictive, prior_predictive
 
 # name -> options; "rank": of the factors' width, the ladder of low ranks
 VARIANTS = {

@@ -24,12 +24,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "data" / "bench"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "models")]
 
 import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen2MoeConfig, set_seed
 
-from bmoe_utils.artefacts import atomic_write
+from bmoe_utils.study.output import atomic_write
 
 PACKAGES = ("torch", "transformers", "numpy")
 C = 4  # answer options

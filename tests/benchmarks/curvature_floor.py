@@ -21,16 +21,17 @@ from __future__ import annotations
 import argparse
 import statistics
 
+import torch
 from common import C, add_out, batches, build, in_turn, table_of, timed, traced, write
 
-import torch
-
 import bmoe_utils as bm
-from bmoe_utils import capture
-from bmoe_utils.capture import capturing, expert_layers
-from bmoe_utils.fitting import Fit
-from bmoe_utils.models import option_logits, to_device
-from bmoe_utils.sketch import Sketch, next_restart
+from bmoe_utils.experts import capture
+from bmoe_utils.experts.capture import capturing
+from bmoe_utils.experts.fitting import Fit
+from bmoe_utils.experts.sketch import Sketch, next_restart
+from bmoe_utils.models import experts_forward
+from bmoe_utils.models.layers import expert_layers
+from bmoe_utils.models.readout import option_logits, to_device
 
 # What a whole fit's and a prediction's ratio to their floor, and their memory's, should stay below; by the name of the posterior.
 TARGETS = {"fit": {"full factors": 1.15, "rank": 1.05}, "predict": {"full factors": 2.0, "rank": 1.2}}
@@ -49,11 +50,11 @@ def floor(model, batch, K: int, batched: bool = False, answer_only=()) -> None:
     batch = to_device(batch, model)
     names = {module: name for name, module in expert_layers(model).items()}
     tape = Outputs(batch["attention_mask"].bool(), names, frozenset(answer_only))
-    capture._tape = tape
+    experts_forward._tape = tape
     try:
         logits = option_logits(model, batch)
     finally:
-        capture._tape = None
+        experts_forward._tape = None
     v = torch.eye(logits.shape[1], device=logits.device, dtype=logits.dtype)[:K, None].expand(K, *logits.shape)
     if batched:
         torch.autograd.grad(logits, tape.slots, v, is_grads_batched=True, materialize_grads=True)

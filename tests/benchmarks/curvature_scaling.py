@@ -10,14 +10,13 @@ import argparse
 import math
 import statistics
 
-from common import add_out, timed, write
-
 import torch
+from common import add_out, timed, write
 from torch import Tensor
 
-from bmoe_utils.jacobians import Routes
-from bmoe_utils.sketch import Sketch
-from bmoe_utils.sums import KronSums, first_sums
+from bmoe_utils.experts.jacobians import Routes
+from bmoe_utils.experts.sketch import Sketch
+from bmoe_utils.experts.sums import KronSums, first_sums
 
 BASE = {"tokens": 800, "experts": 16, "rank": 64, "width": 512}
 AXES = {"tokens": (200, 400, 800, 1600), "experts": (8, 16, 32, 64), "rank": (16, 32, 64, 128), "width": (128, 256, 512, 1024)}

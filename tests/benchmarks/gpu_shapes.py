@@ -1,6 +1,6 @@
 """The papers' models at their real shapes on one GPU: a fit of every expert and predictions, in time and in memory.
 
-Random bf16 weights, built on the device from the published configurations (``bmoe_utils.costs.SHAPES``); 1,000 items of 64 to 128
+Random bf16 weights, built on the device from the published configurations (``bmoe_utils.routers.costs.SHAPES``); 1,000 items of 64 to 128
 tokens, the exact Fisher (C - 1 = 3 columns), rank 64, all layers; then 500 items predicted. Beside each stands
 
     the measured floor      forward + 3 (prediction: 4) backward passes to the experts' outputs over as many items
@@ -20,15 +20,15 @@ import statistics
 import sys
 from pathlib import Path
 
-from common import C, FOLDER, batches, synchronise, timed, write
-
 import torch
+from common import FOLDER, C, batches, synchronise, timed, write
 from curvature_floor import floor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bmoe_utils as bm
-from bmoe_utils import costs, deepseek
-from bmoe_utils.capture import capturing
+from bmoe_utils.experts.capture import capturing
+from bmoe_utils.models import deepseek
+from bmoe_utils.routers import costs
 
 MODELS = ("Qwen1.5-MoE-A2.7B", "deepseek-moe-16b")
 # Seconds and bytes; of the second model no target was set.

@@ -19,17 +19,17 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from common import C, add_out, batches, build, in_turn, silent, table_of, traced, write
-
 import torch
+from common import C, add_out, batches, build, in_turn, silent, table_of, traced, write
 from curvature_floor import fit_step, predict, restarts
 from test_unfused import unfused
 from tiny import tiny_batch, tiny_model
 from torch import nn
 
 import bmoe_utils as bm
-from bmoe_utils.capture import capturing, expert_layers
-from bmoe_utils.models import option_logits
+from bmoe_utils.experts.capture import capturing
+from bmoe_utils.models.layers import expert_layers
+from bmoe_utils.models.readout import option_logits
 
 PEERS = {"laplace-torch": "laplace", "curvlinops": "curvlinops", "bayesian_lora": "bayesian_lora"}
 # Seconds a batch from which a row is timed once: short ones take the least of --tries, since a neighbour's use of the caches weighs on them.

@@ -19,13 +19,13 @@ import argparse
 import statistics
 import time
 
+import torch
 from common import add_out, write
 
-import torch
-
-from bmoe_utils import costs
-from bmoe_utils.models import build_model, option_logits, tiny_config
-from bmoe_utils.routers import Routers, attach_routers
+from bmoe_utils.models.embedded import build_model, tiny_config
+from bmoe_utils.models.readout import option_logits
+from bmoe_utils.routers import costs
+from bmoe_utils.routers.attach import Routers, attach_routers
 
 S = "S"  # stands for --samples
 # label, method, samples (None: sample-free), options
