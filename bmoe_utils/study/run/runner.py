@@ -2,7 +2,8 @@
 
 Each notebook is executed by papermill with its `parameters` cell overridden; executed copies and HTML go to
 data/runs/<run>/, figures to figures/ for the committed run (profile cpu, embedded world, nothing overridden) and to
-data/runs/<run>/figures for every other.
+data/runs/<run>/figures for every other. The committed run also leaves its chapters as Markdown,
+in notebooks/rendered/.
 """
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bmoe_utils.study.output import atomic_write, fingerprint, peak_memory_mb, project_root
-from bmoe_utils.study.run import site
+from bmoe_utils.study.run import rendered, site
 from bmoe_utils.study.run.engine import UsageError, package_path, spread
 from bmoe_utils.study.run.places import alone, located, refuse_sources, same, short, shown
 
@@ -530,6 +531,12 @@ def _run(plan: Plan, chosen: list[Chapter], *, html: bool, keep_going: bool, job
             index = site.build(plan.folder, plan.figures, chapters(), summary)
         except Exception as error:                    # as with a chapter's page: no reason to lose the run
             say(f"no index page, {type(error).__name__}: {error}")
+    if same(plan.figures, project_root() / "figures"):                     # the committed run
+        for path in (chapter.path for chapter, row in zip(chosen, rows, strict=True) if row["status"] == "ok"):
+            try:
+                rendered.render_all(plan.folder, plan.figures, path.parent, [path.stem])
+            except Exception as error:
+                say(f"{path.stem}: not rendered, {type(error).__name__}: {error}")
     _report(plan, summary, index)
     statuses = {row["status"] for row in rows}
     if "interrupted" in statuses:
