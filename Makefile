@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .NOTPARALLEL:
 
 help:
-	@echo "make reproduce   create $(VENV), install, run every notebook headless, write figures/   (PROFILE=$(PROFILE))"
+	@echo "make reproduce   create $(VENV), install, run every notebook headless, write figures/ and notebooks/rendered/   (PROFILE=$(PROFILE))"
 	@echo "make test        create $(VENV) if absent, install, run the tests and the notebooks (pytest + nbval)"
 	@echo "make smoke       every notebook with the smallest settings, in a few minutes"
 	@echo "make bench       measure what curvature and routers cost beside the model's own passes, write data/bench/ (ten minutes)"
