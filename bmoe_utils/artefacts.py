@@ -12,7 +12,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .storage import _canonical, atomic_write, fingerprint, locked, model_fingerprint, replace_file, sha256  # noqa: F401
+from .storage import _canonical, atomic_write, fingerprint, locked, model_fingerprint  # noqa: F401
+from .storage import replace_file, sha256
 
 PACKAGE = Path(__file__).resolve().parent
 _PROCESS_RUN = uuid.uuid4().hex[:12]                  # stands in for the run id when BMOE_FRESH is just "1"
@@ -29,7 +30,7 @@ def project_root() -> Path:
     raise FileNotFoundError("no project folder above the working directory: set BMOE_ROOT to the one that holds notebooks/")
 
 
-# ---------------------------------------------------------------------------------------------- what a key rests on
+# ---------------------------------------------------------------------- what a key rests on
 def code_version(modules) -> str:
     """Hash of what the named bmoe_utils modules do: comments, docstrings and layout do not count."""
     digest = hashlib.sha256()
@@ -95,17 +96,20 @@ class Store:
             return final
         beside = self.root / f".building-{final.name}"
         # a second process waits here, then finds the first one's result
-        with locked(self.root / f".{final.name}.lock", say=f"waiting: another process is building {final.name}"):
+        waiting = f"waiting: another process is building {final.name}"
+        with locked(self.root / f".{final.name}.lock", say=waiting):
             self._settle(beside, final)
             if not fresh and self._finished(final, run):
                 return final
             if damage := self._damage(final):
-                print(f"{final.name} is damaged ({damage}): building it again", file=sys.stderr, flush=True)
+                print(f"{final.name} is damaged ({damage}): building it again",
+                      file=sys.stderr, flush=True)
             beside.mkdir()
             try:
                 start = time.perf_counter()
                 build(beside)
-                files = {p.relative_to(beside).as_posix(): sha256(p) for p in sorted(beside.rglob("*")) if p.is_file()}
+                files = {p.relative_to(beside).as_posix(): sha256(p)
+                         for p in sorted(beside.rglob("*")) if p.is_file()}
                 manifest = {**key, "run": run, "files": files, "seconds": round(time.perf_counter() - start, 2),
                             "peak_rss_mb": peak_memory_mb(), "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
                 replace_file(beside / "manifest.json", json.dumps(manifest, indent=1))
@@ -138,34 +142,42 @@ class Store:
             return {name: file.get_tensor(name).numpy() if name in numpy else file.get_tensor(name) for name in file.keys()}
 
     def _finished(self, final: Path, run: str) -> bool:
-        """Whether every file is what its manifest says, by content; read once in a process (:func:`storage.sha256`)."""
+        """Whether every file's content, read once in a process, is what the manifest says."""
         try:
             manifest = json.loads((final / "manifest.json").read_text(encoding="utf-8"))
-            return (not run or manifest["run"] == run) and all(sha256(final / name) == known for name, known in manifest["files"].items())
+            whole = all(sha256(final / name) == known for name, known in manifest["files"].items())
+            return whole and (not run or manifest["run"] == run)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
     def _damage(self, final: Path) -> str | None:
-        """What is wrong with what was finished once, in a few words. Where there are no checksums, it is of an older version."""
+        """What is wrong with what was finished once, in a few words; None also where the manifest
+        is an older version's and has no checksums."""
         if not final.exists():
             return None
         try:
-            files = json.loads((final / "manifest.json").read_text(encoding="utf-8"))["files"].items()
+            manifest = json.loads((final / "manifest.json").read_text(encoding="utf-8"))
+            files = manifest["files"].items()
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return "manifest.json cannot be read"
-        missing = [f"{name} is missing" for name, _ in files if not (final / name).is_file()]
-        changed = [f"{name} has changed since it was written" for name, known in files
-                   if isinstance(known, str) and (final / name).is_file() and sha256(final / name) != known]
-        return next(iter(missing + changed), None)
+        for name, known in files:
+            if not (final / name).is_file():
+                return f"{name} is missing"
+            if isinstance(known, str) and sha256(final / name) != known:
+                return f"{name} has changed since it was written"
+        return None
 
     def _settle(self, beside: Path, final: Path):
-        """Put a build that is whole, which its manifest says, in place; remove one that is not. The artefact's lock is held.
+        """Put a build that is whole, which its manifest says, in place; remove one that is not. The
+        artefact's lock is held.
 
-        Where another one is in place (asked for afresh, or damaged), it is replaced file by file, its manifest last, so that whoever
-        reads from there meanwhile finds every file; when that is cut short, the next call goes on with it.
+        Where another one is in place (asked for afresh, or damaged), it is replaced file by file,
+        its manifest last, so that whoever reads from there meanwhile finds every file; when that is
+        cut short, the next call goes on with it.
         """
         if (beside / "manifest.json").exists():
-            names = [*json.loads((beside / "manifest.json").read_text(encoding="utf-8"))["files"], "manifest.json"]
+            manifest = json.loads((beside / "manifest.json").read_text(encoding="utf-8"))
+            names = [*manifest["files"], "manifest.json"]
             if not final.exists():
                 beside.rename(final)
                 return
@@ -176,7 +188,7 @@ class Store:
             for path in final.rglob("*"):
                 if path.is_file() and path.relative_to(final).as_posix() not in names:
                     path.unlink()
-        for leftover in self.root.glob(f"{beside.name}*"):       # with a suffix: of earlier versions
+        for leftover in self.root.glob(f"{beside.name}*"):  # with a suffix: of earlier versions
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -226,9 +238,11 @@ def _as_files(chapter: str, name: str, numbers) -> dict[Path, str]:
     """What :func:`save_result` writes, the file it returns first."""
     if hasattr(numbers, "to_csv"):
         plain = all(index is None for index in numbers.index.names)          # an unnamed index carries nothing
-        return {_target(chapter, name, ".csv"): numbers.to_csv(index=not plain, float_format="%.6g", lineterminator="\n"),
+        rows = numbers.to_csv(index=not plain, float_format="%.6g", lineterminator="\n")
+        return {_target(chapter, name, ".csv"): rows,
                 _target(chapter, name, ".tex"): latex(numbers, index=not plain)}
-    return {_target(chapter, name, ".json"): json.dumps(_plain(numbers), indent=1, ensure_ascii=False) + "\n"}
+    text = json.dumps(_plain(numbers), indent=1, ensure_ascii=False) + "\n"
+    return {_target(chapter, name, ".json"): text}
 
 
 def latex(table, *, index: bool = True) -> str:
@@ -244,7 +258,7 @@ def save_figure(fig, chapter: str, name: str, numbers=None, *, dpi: int = 150) -
     """Write `fig` as <chapter>_<name>.png, and its numbers beside it; in a notebook, show it as it was written and close it.
 
     The same figure gives the same bytes, and one that is there already, pixel by pixel, keeps those it has, whatever library wrote them.
-    Nothing is written before all of it is made, and numbers never without the picture they belong to: it is written first.
+    Nothing is written before all of it is made, and the picture is written before its numbers.
     """
     from PIL import Image
     path, drawn, written = _target(chapter, name, ".png"), io.BytesIO(), io.BytesIO()
@@ -256,7 +270,8 @@ def save_figure(fig, chapter: str, name: str, numbers=None, *, dpi: int = 150) -
             written.write(path.read_bytes())
         else:
             picture.save(written, format="png", dpi=(dpi, dpi), optimize=True)
-    for target, content in ({path: written.getvalue()} | ({} if numbers is None else _as_files(chapter, name, numbers))).items():
+    beside = {} if numbers is None else _as_files(chapter, name, numbers)
+    for target, content in {path: written.getvalue(), **beside}.items():
         atomic_write(target, content)
     _show(fig, written.getvalue(), width * 100 // dpi)
     return path
