@@ -143,11 +143,11 @@ class Store:
 
     def _finished(self, final: Path, run: str) -> bool:
         """Whether every file's content, read once in a process, is what the manifest says."""
+        if (manifest := _manifest(final)) is None or run and manifest.get("run") != run:
+            return False
         try:
-            manifest = json.loads((final / "manifest.json").read_text(encoding="utf-8"))
-            whole = all(sha256(final / name) == known for name, known in manifest["files"].items())
-            return whole and (not run or manifest["run"] == run)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return all(sha256(final / name) == known for name, known in manifest["files"].items())
+        except OSError:
             return False
 
     def _damage(self, final: Path) -> str | None:
@@ -155,12 +155,9 @@ class Store:
         is an older version's and has no checksums."""
         if not final.exists():
             return None
-        try:
-            manifest = json.loads((final / "manifest.json").read_text(encoding="utf-8"))
-            files = manifest["files"].items()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        if (manifest := _manifest(final)) is None:
             return "manifest.json cannot be read"
-        for name, known in files:
+        for name, known in manifest["files"].items():
             if not (final / name).is_file():
                 return f"{name} is missing"
             if isinstance(known, str) and sha256(final / name) != known:
@@ -175,8 +172,7 @@ class Store:
         its manifest last, so that whoever reads from there meanwhile finds every file; when that is
         cut short, the next call goes on with it.
         """
-        if (beside / "manifest.json").exists():
-            manifest = json.loads((beside / "manifest.json").read_text(encoding="utf-8"))
+        if (manifest := _manifest(beside)) is not None:
             names = [*manifest["files"], "manifest.json"]
             if not final.exists():
                 beside.rename(final)
@@ -190,6 +186,15 @@ class Store:
                     path.unlink()
         for leftover in self.root.glob(f"{beside.name}*"):  # with a suffix: of earlier versions
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _manifest(folder: Path) -> dict | None:
+    """An artefact's; None where there is none, or it cannot be read, or it is of something else."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return manifest if isinstance(manifest["files"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _numeric(name: str, value):

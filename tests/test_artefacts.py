@@ -201,6 +201,15 @@ def test_a_replacement_that_is_cut_short_loses_neither_and_readers_find_every_fi
     assert [p.name for p in store.root.iterdir()] == [folder.name]
 
 
+def test_a_build_that_fails_after_a_manifest_of_its_own_is_not_taken_for_whole(store):
+    def build(path):
+        (path / "manifest.json").write_text('{"what": "posterior"}')
+        raise RuntimeError("no room")
+    with pytest.raises(RuntimeError, match="no room"):
+        store.folder("model", {}, build)
+    assert not list(store.root.iterdir())
+
+
 def _rebuilding(root):
     def build(path):
         content = os.urandom(1) * 5000
