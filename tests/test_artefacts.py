@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -170,7 +171,7 @@ class Stopped(BaseException):
 @pytest.mark.parametrize("number", range(6))
 def test_a_replacement_that_is_cut_short_loses_neither_and_readers_find_every_file(store, number, monkeypatch):
     """Stopped before each move; nothing that would have cleaned up runs, as after a kill."""
-    calls, moved, replace = [], [], os.replace
+    calls, moved = [], []
 
     def build(path):
         calls.append(1)
@@ -179,15 +180,18 @@ def test_a_replacement_that_is_cut_short_loses_neither_and_readers_find_every_fi
 
     folder = store.folder("model", {}, build)
 
-    def stopping(source, target):
-        if source.parent.name.startswith(".building") and source.name != ".manifest.json.bmoe-new":
-            moved.append(target)
-            if len(moved) > number:
-                raise Stopped
-        replace(source, target)
+    def stopping(move):
+        def stop(source, target):
+            if source.name != ".manifest.json.bmoe-new":                    # that is still the build
+                moved.append(target)
+                if len(moved) > number:
+                    raise Stopped
+            return move(source, target)
+        return stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", stopping)
+        patch.setattr(os, "replace", stopping(os.replace))
+        patch.setattr(Path, "rename", stopping(Path.rename))
         try:
             store.folder("model", {}, build, fresh=True)
         except Stopped:
