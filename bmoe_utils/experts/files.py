@@ -1,4 +1,4 @@
-"""A fitted posterior of the experts as files: its tensors and a ``manifest.json`` that says what they belong to."""
+"""A fitted posterior of the experts as files: tensors, and a ``manifest.json`` that says whose."""
 
 from __future__ import annotations
 

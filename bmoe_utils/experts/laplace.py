@@ -333,12 +333,14 @@ class ExpertLaplace:
 
     # ---- files ------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> None:
-        """Writes ``posterior.safetensors`` and ``manifest.json`` into a new or an empty folder, or in place of a posterior saved there.
+        """Writes ``posterior.safetensors`` and ``manifest.json`` into a new or an empty folder, or
+        in place of a posterior saved there.
 
-        Whole or not at all: whenever it is cut short, the folder loads as the posterior before or as this one, also in a process that
-        reads meanwhile. Other files in the folder stay. A posterior that takes another one's place is called
-        ``posterior-<hash>.safetensors``; the manifest's ``file`` says which file it is. ``ValueError`` where the folder holds anything
-        but a posterior, ``OSError`` where it cannot be written; what is there is then as it was.
+        Whole or not at all: whenever it is cut short, the folder loads as the posterior before or
+        as this one, also in a process that reads meanwhile. Other files in the folder stay. A
+        posterior that takes another one's place is called ``posterior-<hash>.safetensors``; the manifest's
+        ``file`` says which file it is. ``ValueError`` where the folder holds anything but a
+        posterior, ``OSError`` where it cannot be written; what is there is then as it was.
         """
         self._fitted()
         files.save(self, folder)
@@ -348,7 +350,7 @@ class ExpertLaplace:
         """Reads a saved posterior back onto the model it was fitted on.
 
         ``expected``: options the caller relies on, such as ``hessian_structure="kron"``. ``ValueError`` if the files are
-        missing, damaged, of another format or of something else (routers), if the model's weights are others, or if an option
-        differs.
+        missing, damaged, of another format or of something else (routers), if the model's weights
+        are others, or if an option differs.
         """
         return files.load(cls, folder, model, expected)

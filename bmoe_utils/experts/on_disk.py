@@ -22,8 +22,8 @@ OWNER = ".bmoe-in-use"  # locked by the process whose posterior rests there
 
 
 class Scratch:
-    """A folder of its own below ``folder``, for as long as something that rests in it is in use; then it is removed. What killed
-    processes left beside it goes with the next one made there."""
+    """A folder of its own below ``folder``, for as long as something that rests in it is in use;
+    then it is removed. What killed processes left beside it goes with the next one made there."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -38,20 +38,23 @@ class Scratch:
 
     def rest(self, layer: int, posterior: Eigenbasis | DenseBlocks) -> OnDisk:
         """Writes the layer's posterior. ``OSError`` where there is no room."""
-        path, tensors = self._own / f"{layer}.safetensors", {k: v.detach().cpu() for k, v in posterior.tensors().items()}
+        path = self._own / f"{layer}.safetensors"
+        tensors = {k: v.detach().cpu() for k, v in posterior.tensors().items()}
         try:
             save_file(tensors, path)
         except (OSError, SafetensorError) as error:
             need, free = sum(t.nbytes for t in tensors.values()), "an unknown number"
             with suppress(OSError):
                 free = f"{shutil.disk_usage(self.folder).free:,}"
-            raise OSError(f"offload={str(self.folder)!r}: the posterior of a layer could not be written ({error}); it takes {need:,} bytes, "
-                          f"with {free} free there. The posterior before this fit, if any, is intact: make room or give another folder") from error
+            raise OSError(f"offload={str(self.folder)!r}: the posterior of a layer could not be "
+                          f"written ({error}); it takes {need:,} bytes, with {free} free there. "
+                          "The posterior before this fit, if any, is intact: make room or give another "
+                          "folder") from error
         return OnDisk(path, type(posterior), self)
 
 
 def _remove(folder: Path, lock: Lock, process: int) -> None:
-    """With the sign of whose it is last, so that what is left of it can still be told from other folders."""
+    """With the sign of whose it is last, so that what may be left is still known for ours."""
     if os.getpid() != process:  # a fork of the owner ends
         return
     for path in folder.iterdir():

@@ -16,9 +16,10 @@ FILES = Folder("state", manifest="state.json")
 class Checkpoint:
     """One resumable loop's last saved state in ``folder``; ``key`` is what determines the loop (JSON values).
 
-    ``save`` replaces the state whole or not at all. ``load`` gives None where there is none (no folder, an empty one, or one whose
-    first save was cut short); what is another loop's, damaged or something else is refused and left as it is, and should be asked
-    for before the loop begins. ``folder=None``: nothing is ever written.
+    ``save`` replaces the state whole or not at all. ``load``, to be asked before the loop begins,
+    gives None where there is none (no folder, an empty one, or one whose first save was cut short);
+    what is another loop's, damaged or something else is refused and left as it is.
+    ``folder=None``: nothing is ever written.
     """
 
     def __init__(self, folder: str | Path | None, key: Mapping):
@@ -29,22 +30,25 @@ class Checkpoint:
         if self.folder is not None:
             # cloned: safetensors refuses tensors that share storage
             copies = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-            FILES.save(self.folder, lambda path: save_file(copies, path), {"key": self.key, "values": values})
+            state = {"key": self.key, "values": values}
+            FILES.save(self.folder, lambda path: save_file(copies, path), state)
 
     def load(self) -> tuple[dict, dict[str, torch.Tensor]] | None:
-        """What was saved last, ``(values, tensors)``. ``ValueError`` if the folder holds anything else than this loop's state."""
+        """What was saved last, ``(values, tensors)``. ``ValueError`` if the folder holds anything
+        else than this loop's state."""
         if self.folder is None:
             return None
         if not FILES.holds_one(self.folder):
             return None
         state, tensors = FILES.read(self.folder, load_file)
         if state["key"] != self.key:
-            raise ValueError(f"{self.folder} holds the checkpoint of another fit (another model, other options or other data); give the "
-                             "fit it belongs to, or remove the folder to start over")
+            raise ValueError(f"{self.folder} holds the checkpoint of another fit (another model, "
+                             "other options or other data); give the fit it belongs to, or remove "
+                             "the folder to start over")
         return state["values"], tensors
 
     def remove(self) -> None:
-        """At the end of the loop: what was written for it, and the folder if nothing else is in it."""
+        """At the end of the loop: its own files, and the folder if nothing else is in it."""
         if self.folder is not None:
             FILES.remove(self.folder)
 

@@ -1,4 +1,4 @@
-"""What was fitted on a model, as a folder: tensors and a manifest that says which model they belong to."""
+"""What was fitted on a model, as a folder: tensors, and a manifest that says whose they are."""
 
 from __future__ import annotations
 
@@ -18,23 +18,27 @@ from . import offload
 
 @dataclass(frozen=True)
 class CheckedFolder(Folder):
-    """Tensors and JSON values of a kind and format, with the fingerprint of the model they were fitted on."""
+    """Tensors and JSON values, with the fingerprint of the model they were fitted on."""
 
-    def save_fitted(self, folder: str | Path, tensors: Mapping[str, Tensor], values: Mapping, model: nn.Module) -> None:
-        """``tensors`` on the CPU; whole or not at all. ``ValueError`` where the folder is not free, ``OSError`` where it cannot be
-        written."""
+    def save_fitted(self, folder: str | Path, tensors: Mapping[str, Tensor], values: Mapping,
+                    model: nn.Module) -> None:
+        """``tensors`` on the CPU; whole or not at all. ``ValueError`` where the folder is not free,
+        ``OSError`` where it cannot be written."""
         self.check_free(folder)
+        values = {**values, "model": model_fingerprint(model)}
         try:
-            self.save(folder, lambda path: save_file(dict(tensors), path), {**values, "model": model_fingerprint(model)})
+            self.save(folder, lambda path: save_file(dict(tensors), path), values)
         except (OSError, SafetensorError) as error:
-            raise OSError(f"{folder} could not be written ({error}); what was there before, if anything, is intact") from error
+            raise OSError(f"{folder} could not be written ({error}); what was there before, if "
+                          "anything, is intact") from error
 
     def load_fitted(self, folder: str | Path, model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
-        """The manifest, and the tensors by name on the CPU. ``ValueError`` if the folder is missing, damaged, of another kind or
-        format, or belongs to a model of other weights."""
+        """The manifest, and the tensors by name on the CPU. ``ValueError`` if the folder is
+        missing, damaged, of another kind or format, or belongs to a model of other weights."""
         manifest, tensors = self.read(folder, load_file)
         if model_fingerprint(model) != manifest["model"]:
-            raise ValueError(f"{folder} was fitted on a model with other weights; load that model, or fit again")
+            raise ValueError(f"{folder} was fitted on a model with other weights; load that model, "
+                             "or fit again")
         return manifest, tensors
 
 

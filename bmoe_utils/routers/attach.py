@@ -312,9 +312,10 @@ class Routers:
 
     # ---- files ------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> None:
-        """Writes ``routers.safetensors`` and ``manifest.json``; whole or not at all, into a folder of theirs or an empty one, as
-        :meth:`ExpertLaplace.save` does. ``ValueError`` where the folder holds anything but routers, ``OSError`` where it cannot be
-        written; what is there is then as it was.
+        """Writes ``routers.safetensors`` and ``manifest.json``; whole or not at all, into a folder
+        of theirs or an empty one, as :meth:`ExpertLaplace.save` does. ``ValueError`` where the folder
+        holds anything but routers, ``OSError`` where it cannot be written; what is there is then as
+        it was.
         """
         FILES.check_free(folder)
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.families.state_dict().items()}
@@ -326,8 +327,8 @@ class Routers:
     def load(cls, folder: str | Path, model: nn.Module, *, method: str | None = None) -> Routers:
         """Attaches saved routers to the model they were fitted on; ``method``: the one the caller relies on.
 
-        ``ValueError`` if the files are missing, damaged, of another format, method or model, or of something else (a posterior); the
-        model is then untouched.
+        ``ValueError`` if the files are missing, damaged, of another format, method or model, or of
+        something else (a posterior); the model is then untouched.
         """
         saved, tensors = FILES.load_fitted(folder, model)
         if method not in (None, saved["method"]):

@@ -67,17 +67,20 @@ class Store:
             return final
         beside = self.root / f".building-{final.name}"
         # a second process waits here, then finds the first one's result
-        with locked(self.root / f".{final.name}.lock", say=f"waiting: another process is building {final.name}"):
+        waiting = f"waiting: another process is building {final.name}"
+        with locked(self.root / f".{final.name}.lock", say=waiting):
             self._settle(beside, final)
             if not fresh and self._finished(final, run):
                 return final
             if damage := self._damage(final):
-                print(f"{final.name} is damaged ({damage}): building it again", file=sys.stderr, flush=True)
+                print(f"{final.name} is damaged ({damage}): building it again",
+                      file=sys.stderr, flush=True)
             beside.mkdir()
             try:
                 start = time.perf_counter()
                 build(beside)
-                files = {p.relative_to(beside).as_posix(): sha256(p) for p in sorted(beside.rglob("*")) if p.is_file()}
+                files = {p.relative_to(beside).as_posix(): sha256(p)
+                         for p in sorted(beside.rglob("*")) if p.is_file()}
                 manifest = {**key, "run": run, "files": files, "seconds": round(time.perf_counter() - start, 2),
                             "peak_rss_mb": peak_memory_mb(), "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
                 replace_file(beside / "manifest.json", json.dumps(manifest, indent=1))
@@ -110,34 +113,38 @@ class Store:
             return {name: file.get_tensor(name).numpy() if name in numpy else file.get_tensor(name) for name in file.keys()}
 
     def _finished(self, final: Path, run: str) -> bool:
-        """Whether every file is what its manifest says, by content; read once in a process (:func:`storage.sha256`)."""
+        """Whether every file's content, read once in a process, is what the manifest says."""
+        if (manifest := _manifest(final)) is None or run and manifest.get("run") != run:
+            return False
         try:
-            manifest = json.loads((final / "manifest.json").read_text(encoding="utf-8"))
-            return (not run or manifest["run"] == run) and all(sha256(final / name) == known for name, known in manifest["files"].items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return all(sha256(final / name) == known for name, known in manifest["files"].items())
+        except OSError:
             return False
 
     def _damage(self, final: Path) -> str | None:
-        """What is wrong with what was finished once, in a few words. Where there are no checksums, it is of an older version."""
+        """What is wrong with what was finished once, in a few words; None also where the manifest
+        is an older version's and has no checksums."""
         if not final.exists():
             return None
-        try:
-            files = json.loads((final / "manifest.json").read_text(encoding="utf-8"))["files"].items()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        if (manifest := _manifest(final)) is None:
             return "manifest.json cannot be read"
-        missing = [f"{name} is missing" for name, _ in files if not (final / name).is_file()]
-        changed = [f"{name} has changed since it was written" for name, known in files
-                   if isinstance(known, str) and (final / name).is_file() and sha256(final / name) != known]
-        return next(iter(missing + changed), None)
+        for name, known in manifest["files"].items():
+            if not (final / name).is_file():
+                return f"{name} is missing"
+            if isinstance(known, str) and sha256(final / name) != known:
+                return f"{name} has changed since it was written"
+        return None
 
     def _settle(self, beside: Path, final: Path):
-        """Put a build that is whole, which its manifest says, in place; remove one that is not. The artefact's lock is held.
+        """Put a build that is whole, which its manifest says, in place; remove one that is not. The
+        artefact's lock is held.
 
-        Where another one is in place (asked for afresh, or damaged), it is replaced file by file, its manifest last, so that whoever
-        reads from there meanwhile finds every file; when that is cut short, the next call goes on with it.
+        Where another one is in place (asked for afresh, or damaged), it is replaced file by file,
+        its manifest last, so that whoever reads from there meanwhile finds every file; when that is
+        cut short, the next call goes on with it.
         """
-        if (beside / "manifest.json").exists():
-            names = [*json.loads((beside / "manifest.json").read_text(encoding="utf-8"))["files"], "manifest.json"]
+        if (manifest := _manifest(beside)) is not None:
+            names = [*manifest["files"], "manifest.json"]
             if not final.exists():
                 beside.rename(final)
                 return
@@ -148,8 +155,17 @@ class Store:
             for path in final.rglob("*"):
                 if path.is_file() and path.relative_to(final).as_posix() not in names:
                     path.unlink()
-        for leftover in self.root.glob(f"{beside.name}*"):       # with a suffix: of earlier versions
+        for leftover in self.root.glob(f"{beside.name}*"):  # with a suffix: of earlier versions
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _manifest(folder: Path) -> dict | None:
+    """An artefact's; None where there is none, or it cannot be read, or it is of something else."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return manifest if isinstance(manifest["files"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _numeric(name: str, value):

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -172,7 +173,7 @@ class Stopped(BaseException):
 @pytest.mark.parametrize("number", range(6))
 def test_a_replacement_that_is_cut_short_loses_neither_and_readers_find_every_file(store, number, monkeypatch):
     """Stopped before each move; nothing that would have cleaned up runs, as after a kill."""
-    calls, moved, replace = [], [], os.replace
+    calls, moved = [], []
 
     def build(path):
         calls.append(1)
@@ -181,15 +182,18 @@ def test_a_replacement_that_is_cut_short_loses_neither_and_readers_find_every_fi
 
     folder = store.folder("model", {}, build)
 
-    def stopping(source, target):
-        if source.parent.name.startswith(".building") and source.name != ".manifest.json.bmoe-new":
-            moved.append(target)
-            if len(moved) > number:
-                raise Stopped
-        replace(source, target)
+    def stopping(move):
+        def stop(source, target):
+            if source.name != ".manifest.json.bmoe-new":                    # that is still the build
+                moved.append(target)
+                if len(moved) > number:
+                    raise Stopped
+            return move(source, target)
+        return stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", stopping)
+        patch.setattr(os, "replace", stopping(os.replace))
+        patch.setattr(Path, "rename", stopping(Path.rename))
         try:
             store.folder("model", {}, build, fresh=True)
         except Stopped:
@@ -201,6 +205,15 @@ def test_a_replacement_that_is_cut_short_loses_neither_and_readers_find_every_fi
     assert [(folder / name).read_text() for name in "abc"] == [f"a{now}", f"b{now}", f"c{now}"]
     store.folder("model", {}, build, fresh=True)
     assert [p.name for p in store.root.iterdir()] == [folder.name]
+
+
+def test_a_build_that_fails_after_a_manifest_of_its_own_is_not_taken_for_whole(store):
+    def build(path):
+        (path / "manifest.json").write_text('{"what": "posterior"}')
+        raise RuntimeError("no room")
+    with pytest.raises(RuntimeError, match="no room"):
+        store.folder("model", {}, build)
+    assert not list(store.root.iterdir())
 
 
 def _rebuilding(root):

@@ -31,7 +31,8 @@ th:first-child, td:first-child {{ text-align: left; }} .wide {{ overflow-x: auto
 
 
 def results(figures: Path) -> dict:
-    """Chapter number -> file name without it -> content of every JSON and CSV file in ``figures`` (a CSV as a list of rows, all text).
+    """Chapter number -> file name without it -> content of every JSON and CSV file in ``figures``
+    (a CSV as a list of rows, all text).
 
     A damaged one is left out, and a line to stderr names it.
     """
@@ -45,7 +46,8 @@ def results(figures: Path) -> dict:
                 with path.open(newline="", encoding="utf-8") as file:
                     content = list(csv.DictReader(file))
         except (OSError, ValueError, RecursionError, csv.Error) as error:
-            print(f"{path} is left out: it cannot be read ({error}); run chapter {chapter} again", file=sys.stderr, flush=True)
+            print(f"{path} is left out: it cannot be read ({error}); run chapter {chapter} again",
+                  file=sys.stderr, flush=True)
             continue
         found.setdefault(chapter, {})[name] = content
     return found
