@@ -20,6 +20,11 @@ def pytest_configure(config):
     matplotlib.use("Agg")                                     # not through the environment: notebook kernels draw inline
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first: begun last, it would leave the other processes without work."""
+    items.sort(key=lambda item: "test_gpu_profile" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def seeds():
     """The same random numbers in every test, alone or in the suite; torch and numpy only where they are loaded."""
