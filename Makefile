@@ -66,10 +66,11 @@ reproduce: $(STAMP)
 smoke:
 	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
 
-# Neither tests nor notebooks may need the network: the hub is switched off. A file or notebook to a process, one a core.
+# Neither tests nor notebooks may need the network: the hub is switched off. A file or notebook to a process, one a core, in the
+# order of tests/conftest.py: by their numbers of tests, the longest file would come last.
 test: $(STAMP) $(PEERS)
 	@echo "== running the tests and the notebooks with their smoke values"
-	@HF_HUB_OFFLINE=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@HF_HUB_OFFLINE=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # One thread each, one after another: the figures are ratios within a run. gpu_shapes.py needs a large GPU and is run by hand.
 BENCHMARKS := curvature_floor curvature_scaling accuracy_and_time peers router_latency
