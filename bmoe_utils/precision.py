@@ -52,6 +52,14 @@ class Masters(dict[str, nn.Parameter]):
         )
         self.rounded = [(w, self[k]) for k, w in weights.items() if self[k] is not w]
 
+    def step(self, optimizer: torch.optim.Optimizer, max_norm: float = 1.0) -> None:
+        """One step of the masters' optimizer on the weights' gradients, clipped to a norm."""
+        self.take_gradients()
+        nn.utils.clip_grad_norm_(self.values(), max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.write()
+
     def take_gradients(self) -> None:
         """Moves the weights' gradients to their masters; before a step."""
         for weight, master in self.rounded:

@@ -230,11 +230,7 @@ def fit_swag(model: nn.Module, loader: Iterable[Mapping[str, Tensor]], *, epochs
         for _ in track(range(epochs), "SWAG (epochs)", progress):
             for step, batch in enumerate(loader, 1):
                 answer_nll(option_logits(model, batch), batch["labels"]).backward()
-                masters.take_gradients()
-                nn.utils.clip_grad_norm_(masters.values(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                masters.write()
+                masters.step(optimizer)
                 if step % every == 0:
                     for k, v in masters.items():
                         moments[k].update(v.detach().clone())

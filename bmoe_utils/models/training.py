@@ -152,11 +152,7 @@ def fine_tune(
         model.train()
         for batch in loader:
             loss(option_logits(model, batch), batch["labels"]).backward()
-            masters.take_gradients()
-            nn.utils.clip_grad_norm_(masters.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            masters.write()
+            masters.step(optimizer)
             schedule.step()
         model.eval()
         if after_epoch is not None:
